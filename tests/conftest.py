@@ -1,0 +1,50 @@
+"""Fixtures and helpers that several test folders share."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors import safe_open
+
+from xar_cli.config import Config, load_recipe
+from xar_cli.model import XAR
+from xar_cli.weights import from_published
+
+GOLDEN = Path(__file__).parent / "parity" / "golden"
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _two_threads():
+    torch.set_num_threads(2)
+
+
+@pytest.fixture(scope="session")
+def golden() -> dict[str, torch.Tensor]:
+    """All tensors of golden/xar_tiny.safetensors."""
+    with safe_open(GOLDEN / "xar_tiny.safetensors", "pt") as file:
+        return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+
+
+@pytest.fixture(scope="session")
+def golden_settings() -> dict:
+    """The settings that the golden numbers were made with."""
+    with safe_open(GOLDEN / "xar_tiny.safetensors", "pt") as file:
+        return json.loads(file.metadata()["config"])
+
+
+@pytest.fixture(scope="session")
+def golden_config(golden_settings) -> Config:
+    """The recipe of the golden model."""
+    return load_recipe("base", [f"model.{key}={golden_settings[key]}" for key in ("dim", "depth", "heads")])
+
+
+@pytest.fixture
+def golden_model(golden, golden_config) -> XAR:
+    """The golden model with its weights, in eval mode."""
+    model = XAR(golden_config)
+    state = {name.removeprefix("state."): tensor for name, tensor in golden.items() if name.startswith("state.")}
+    model.load_state_dict(from_published(state, golden_config), strict=True)
+    return model.eval()

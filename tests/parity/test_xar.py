@@ -1,0 +1,56 @@
+"""The network, the training objective and both solvers give the published system's numbers."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from xar_cli.flow import interpolant, solvers
+from xar_cli.flow.guidance import linear_guidance
+from xar_cli.sample.sampler import sample_latents
+
+TOLERANCE = 1e-5
+
+
+def relative_error(ours: torch.Tensor, theirs: torch.Tensor) -> float:
+    return ((ours - theirs).norm() / theirs.norm()).item()
+
+
+class RecordedNoise:
+    """Noise of a golden run, in the sampler's form."""
+
+    def __init__(self, initial: torch.Tensor, steps: torch.Tensor | None = None) -> None:
+        self.initial, self.steps = initial, steps
+
+    def draw(self, entity: int, length: int, draws: int) -> torch.Tensor:
+        rows = [self.initial[:, entity]]
+        if self.steps is not None:
+            rows += list(self.steps[:, entity].unbind(1))
+        return torch.stack(rows)
+
+
+def test_velocity_and_loss(golden, golden_model):
+    x = golden_model.grouping.to_tokens(golden["train.latents"])
+    noise = golden["train.noise"].flatten(1, 2)
+    t = golden["train.timesteps"]
+    per_token = t.repeat_interleave(64, dim=1)[..., None]
+    x_t = interpolant.noisy_latent(x, noise, per_token)
+    with torch.no_grad():
+        velocity = golden_model(x_t, t, golden["train.labels"])
+    assert relative_error(velocity, golden["train.velocity"]) <= TOLERANCE
+    loss = (velocity - interpolant.target_velocity(x, noise)).square().mean()
+    assert relative_error(loss, golden["train.loss"][0]) <= TOLERANCE
+
+
+@pytest.mark.parametrize("solver", ["euler", "euler_maruyama"])
+def test_sampling(solver, golden, golden_model, golden_settings):
+    noise = RecordedNoise(golden[f"{solver}.initial_noise"], golden.get(f"{solver}.step_noise"))
+    latents = sample_latents(
+        golden_model,
+        golden[f"{solver}.labels"],
+        noise,
+        solvers.SOLVERS[solver],
+        [golden_settings["num_steps"]] * 4,
+        linear_guidance(golden_settings["cfg"], 4),
+    )
+    assert relative_error(latents, golden[f"{solver}.latents"]) <= TOLERANCE

@@ -1,0 +1,70 @@
+"""The `xar` program: collects the commands and turns a known error into a sentence, a next step and an exit code.
+
+Nothing here or at the top of a command file may import torch: `xar --help` must be instant.
+"""
+
+from __future__ import annotations
+
+import sys
+from typing import Annotated
+
+import click
+import typer
+
+from xar_cli import __version__
+from xar_cli.cli import cache_latents, fid, quickstart, recipes, sample, train
+from xar_cli.errors import UserError
+
+app = typer.Typer(
+    name="xar",
+    help="Train, sample and judge xAR next-X image generators: cache-latents, train, sample, fid.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+app.command("quickstart")(quickstart.quickstart)
+app.add_typer(cache_latents.app, name="cache-latents")
+app.command("train")(train.train)
+app.command("sample")(sample.sample)
+app.add_typer(fid.app, name="fid")
+app.add_typer(recipes.app, name="recipes")
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"xar {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _root(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and leave.")
+    ] = False,
+) -> None:
+    """Options of `xar` itself."""
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Run `xar`; exits with 0 for success, 1 for a failure during the work, 2 for bad input, 130 for Ctrl-C."""
+    try:
+        code = app(args=arguments, prog_name="xar", standalone_mode=False)
+    except UserError as error:
+        _fail(error.message, error.next_step)
+        sys.exit(error.exit_code)
+    except click.exceptions.Abort:
+        _fail("Stopped by Ctrl-C.", "The same command goes on from what is on disk.")
+        sys.exit(130)
+    except KeyboardInterrupt:
+        _fail("Stopped by Ctrl-C.", "The same command goes on from what is on disk.")
+        sys.exit(130)
+    except click.ClickException as error:
+        error.show()
+        sys.exit(error.exit_code)
+    sys.exit(code if isinstance(code, int) else 0)
+
+
+def _fail(message: str, next_step: str) -> None:
+    print(f"error: {message}", file=sys.stderr)
+    if next_step:
+        print(f"  next: {next_step}", file=sys.stderr)

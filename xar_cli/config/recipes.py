@@ -1,0 +1,135 @@
+"""Find a recipe, merge `--set` overrides into it, validate it, write it down.
+
+All faults of a recipe are reported at once, each with the nearest key that exists.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import ValidationError
+
+from xar_cli.config.schema import Config
+from xar_cli.errors import UserError, did_you_mean, nearest
+
+
+def recipes_folder() -> Path:
+    """The folder of the shipped recipes: inside the installed package, or beside it in a checkout."""
+    package = Path(__file__).resolve().parent.parent
+    inside = package / "recipes"
+    return inside if inside.is_dir() else package.parent / "recipes"
+
+
+def list_recipes() -> dict[str, Path]:
+    """Every shipped recipe by name (`base`, `ablations/cell-4`), in alphabetical order."""
+    folder = recipes_folder()
+    return {path.relative_to(folder).with_suffix("").as_posix(): path for path in sorted(folder.rglob("*.yaml"))}
+
+
+def load_recipe(name_or_file: str, overrides: Sequence[str] = ()) -> Config:
+    """The config of a shipped recipe, or of a YAML file of one's own, with overrides applied.
+
+    Args:
+        name_or_file: a name from `list_recipes`, or the path of a .yaml file.
+        overrides: `section.key=value` texts, as given to `--set`; values are read as YAML.
+
+    Raises:
+        UserError: for an unknown recipe, unreadable YAML, or faults in the content (all of them at once).
+    """
+    shipped = list_recipes()
+    if name_or_file in shipped:
+        return load_config_file(shipped[name_or_file], overrides)
+    path = Path(name_or_file)
+    if path.suffix in (".yaml", ".yml"):
+        return load_config_file(path, overrides)
+    raise UserError(f"There is no recipe called '{name_or_file}'.", did_you_mean(name_or_file, shipped))
+
+
+def load_config_file(path: Path, overrides: Sequence[str] = ()) -> Config:
+    """The config in a YAML file, with overrides applied; raises UserError as `load_recipe` does."""
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"Cannot read the recipe '{path}': {error}.", "Check the path, or see `xar recipes list`.") from None
+    except yaml.YAMLError as error:
+        where = " ".join(str(error).split())
+        raise UserError(f"The recipe '{path}' is not valid YAML: {where}.", "Mend the file at that place.") from None
+    if not isinstance(values, dict):
+        raise UserError(f"The recipe '{path}' is not a mapping of sections.", "See `xar recipes show tiny` for the form.")
+    for override in overrides:
+        _apply_override(values, override)
+    return validate(values, str(path))
+
+
+def validate(values: Mapping[str, Any], source: str) -> Config:
+    """Check raw values against the schema; `source` names them in the error."""
+    try:
+        return Config.model_validate(values)
+    except ValidationError as error:
+        faults = "\n".join(f"  {_describe(fault)}" for fault in error.errors())
+        count = error.error_count()
+        raise UserError(
+            f"{source} has {count} {'fault' if count == 1 else 'faults'}:\n{faults}\n",
+            "Mend these keys; `xar recipes show tiny` prints a whole recipe.",
+        ) from None
+
+
+def dump_config(config: Config) -> str:
+    """The resolved config as YAML; loading it gives an equal object."""
+    return yaml.safe_dump(config.model_dump(mode="json", exclude_none=True), sort_keys=False, allow_unicode=True)
+
+
+def json_schema() -> str:
+    """The JSON Schema of a recipe, for editors that complete YAML."""
+    return json.dumps(Config.model_json_schema(), indent=2)
+
+
+def _apply_override(values: dict[str, Any], override: str) -> None:
+    key, equals, text = override.partition("=")
+    if not equals or not key:
+        raise UserError(f"'--set {override}' is not of the form section.key=value.", "For example: --set train.epochs=400.")
+    *sections, last = key.split(".")
+    place = values
+    for section in sections:
+        place = place.setdefault(section, {})
+        if not isinstance(place, dict):
+            raise UserError(f"'--set {override}': '{section}' holds a value, not a section.", "See `xar recipes show tiny`.")
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError:
+        raise UserError(f"'--set {override}': '{text}' is not a YAML value.", "Quote it for your shell.") from None
+    if isinstance(value, dict) and isinstance(place.get(last), dict) and "kind" not in value:
+        value = {**place[last], **value}
+    place[last] = value
+
+
+def _describe(fault: Mapping[str, Any]) -> str:
+    """One fault of a recipe as a line: where, what, and the nearest known key for an unknown one."""
+    location = [part for part in fault["loc"] if part not in ("kl16", "pixels")]
+    where = ".".join(str(part) for part in location)
+    if fault["type"] == "extra_forbidden":
+        match = nearest(str(location[-1]), _known_keys(location[:-1]))
+        return f"{where}: unknown key" + (f"; did you mean '{match}'?" if match else "")
+    message = fault["msg"].removeprefix("Value error, ")
+    if fault["type"] in ("missing", "value_error"):
+        return f"{where}: {message}" if where else message
+    return f"{where}: {message} (got {fault['input']!r})"
+
+
+def _known_keys(path: Sequence[Any]) -> list[str]:
+    """The keys that the schema knows at a place, for suggestions."""
+    schema = Config.model_json_schema()
+    nodes = [schema]
+    for part in path:
+        found = []
+        for node in nodes:
+            child = node.get("properties", {}).get(str(part), {})
+            for option in [child, *child.get("anyOf", []), *child.get("oneOf", [])]:
+                if "$ref" in option:
+                    found.append(schema["$defs"][option["$ref"].rsplit("/", 1)[1]])
+        nodes = found
+    return [key for node in nodes for key in node.get("properties", {})]

@@ -1,0 +1,258 @@
+"""The one schema of a recipe: what is chosen stands here as a field, what follows from it as a property.
+
+Owns every fact about grid, entities, channels and classes. Reads no file (recipes.py does) and knows no tensor.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal, Union
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+KL16_STRIDE = 16  # SPEC of the KL-16 tokenizer: 256 pixels -> 16 latent positions
+KL16_CHANNELS = 16
+LR_BATCH_UNIT = 256  # lr = base_lr * global_batch_size / 256 (paper, section 4)
+
+
+class Section(BaseModel):
+    """A part of the config: immutable, and a key it does not know is an error."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class DataConfig(Section):
+    """The images."""
+
+    dataset: str = Field(description="Name of the data set, for people and reports.")
+    image_size: int = Field(gt=0, description="Side of the square image in pixels, after the centre crop.")
+    image_channels: Literal[1, 3] = Field(3, description="1 for grey images, 3 for RGB.")
+    num_classes: int = Field(ge=0, description="Number of classes; 0 trains without labels.")
+    num_images: int = Field(gt=0, description="Training images, for plans made without the latent cache.")
+
+
+class KL16Config(Section):
+    """The KL-16 autoencoder of MAR: 16x16 pixels become one token of 16 channels."""
+
+    kind: Literal["kl16"]
+    latent_scale: float = Field(0.2325, gt=0, description="Factor that brings latents to unit variance.")
+
+
+class PixelsConfig(Section):
+    """No learned tokenizer: `patch` x `patch` pixels are folded into the channels of one token, losslessly."""
+
+    kind: Literal["pixels"]
+    patch: int = Field(1, gt=0, description="Side of the square of pixels that makes one token.")
+    latent_scale: float = Field(1.0, gt=0, description="Factor that brings latents to unit variance.")
+
+
+TokenizerConfig = Annotated[Union[KL16Config, PixelsConfig], Field(discriminator="kind")]
+
+
+class CellEntity(Section):
+    """An entity is a square of neighbouring tokens; cells follow in raster order (the paper's choice)."""
+
+    kind: Literal["cell"]
+    size: int = Field(gt=0, description="Side of the square cell, in tokens.")
+
+    def misfit(self, grid: tuple[int, int]) -> str | None:
+        """Why this entity cannot group a grid, or None."""
+        if any(side % self.size for side in grid):
+            return f"entity.size {self.size} does not divide the {grid[0]} x {grid[1]} grid"
+        return None
+
+
+class TokenEntity(Section):
+    """An entity is one token, in raster order."""
+
+    kind: Literal["token"]
+
+    def misfit(self, grid: tuple[int, int]) -> str | None:
+        """Why this entity cannot group a grid: it always can."""
+        return None
+
+
+class ImageEntity(Section):
+    """The one entity is the whole image: plain flow matching."""
+
+    kind: Literal["image"]
+
+    def misfit(self, grid: tuple[int, int]) -> str | None:
+        """Why this entity cannot group a grid: it always can."""
+        return None
+
+
+class SubsampleEntity(Section):
+    """Entity j holds the tokens with (row mod stride, column mod stride) = divmod(j, stride)."""
+
+    kind: Literal["subsample"]
+    stride: int = Field(gt=0, description="Distance of an entity's tokens along rows and columns.")
+
+    def misfit(self, grid: tuple[int, int]) -> str | None:
+        """Why this entity cannot group a grid, or None."""
+        if any(side % self.stride for side in grid):
+            return f"entity.stride {self.stride} does not divide the {grid[0]} x {grid[1]} grid"
+        return None
+
+
+class ScaleEntity(Section):
+    """Entity j is the whole latent, area-downsampled to sizes[j]; the last is the latent itself."""
+
+    kind: Literal["scale"]
+    sizes: tuple[int, ...] = Field(min_length=1, description="Sides of the scales, coarse to fine.")
+
+    def misfit(self, grid: tuple[int, int]) -> str | None:
+        """Why this entity cannot group a grid, or None."""
+        if grid != (self.sizes[-1], self.sizes[-1]):
+            return f"the last of entity.sizes, {self.sizes[-1]}, is not the {grid[0]} x {grid[1]} grid"
+        if any(size < 1 or self.sizes[-1] % size for size in self.sizes) or list(self.sizes) != sorted(set(self.sizes)):
+            return f"entity.sizes {list(self.sizes)} must rise, and each must divide the last"
+        return None
+
+
+EntityConfig = Annotated[
+    Union[CellEntity, TokenEntity, ImageEntity, SubsampleEntity, ScaleEntity], Field(discriminator="kind")
+]
+
+
+class ModelConfig(Section):
+    """The network (paper, Table 6)."""
+
+    dim: int = Field(gt=0, description="Width D of the hidden states.")
+    depth: int = Field(gt=0, description="Blocks in the encoder stack, and as many again in the decoder stack.")
+    heads: int = Field(gt=0, description="Attention heads; dim / heads must be a multiple of 4 for 2-D RoPE.")
+    dropout: float = Field(0.1, ge=0, lt=1, description="Dropout on attention and MLP while training.")
+
+    @property
+    def head_dim(self) -> int:
+        """Width of one attention head."""
+        return self.dim // self.heads
+
+    @property
+    def mlp_hidden(self) -> int:
+        """Hidden width of the gated MLP: 4 D, times 2/3 because the gate is a third matrix."""
+        return int(self.dim * 4 * 2 / 3)
+
+    @model_validator(mode="after")
+    def _check_heads(self) -> ModelConfig:
+        if self.dim % self.heads or self.head_dim % 4:
+            raise ValueError(f"dim {self.dim} / heads {self.heads} must be a whole multiple of 4 (2-D RoPE)")
+        return self
+
+
+class TrainConfig(Section):
+    """The optimisation (paper, section 4 and appendix)."""
+
+    seed: int = Field(0, ge=0, description="Seed of everything that training draws.")
+    epochs: float = Field(gt=0, description="Length of the run in passes over the data.")
+    global_batch_size: int = Field(gt=0, description="Images per optimizer step, over all ranks.")
+    max_batch_per_rank: int = Field(gt=0, description="Images per forward pass on one rank, at most.")
+    base_lr: float = Field(gt=0, description="Peak learning rate per 256 images of global batch.")
+    min_lr: float = Field(ge=0, description="Learning rate at the end of the run.")
+    warmup_fraction: float = Field(ge=0, le=1, description="Part of the run with linear warm-up from 0.")
+    decay_start_fraction: float = Field(ge=0, le=1, description="Part of the run after which lr decays by half a cosine.")
+    betas: tuple[float, float] = Field((0.9, 0.96), description="AdamW betas.")
+    weight_decay: float = Field(0.02, ge=0, description="AdamW weight decay, on matrices only.")
+    grad_clip: float = Field(1.0, gt=0, description="Largest global norm of the gradient.")
+    ema_decays: tuple[float, ...] = Field((0.9999,), min_length=1, description="Decays of the weight averages; the first one is sampled by default.")
+    label_dropout: float = Field(0.1, ge=0, le=1, description="Probability that a label becomes the null class.")
+    precision: Literal["bf16", "fp16", "tf32", "fp32"] = Field("bf16", description="Arithmetic of the forward and backward pass.")
+    compile: bool = Field(True, description="Compile the blocks with torch.compile.")
+    log_every: int = Field(50, gt=0, description="Steps between records in metrics.jsonl.")
+    checkpoint_every: int = Field(gt=0, description="Steps between checkpoints.")
+    keep_last: int = Field(2, gt=0, description="How many of the newest checkpoints to keep.")
+
+    @property
+    def lr(self) -> float:
+        """Peak learning rate: base_lr * global_batch_size / 256."""
+        return self.base_lr * self.global_batch_size / LR_BATCH_UNIT
+
+    @model_validator(mode="after")
+    def _check(self) -> TrainConfig:
+        if self.decay_start_fraction < self.warmup_fraction:
+            raise ValueError("decay_start_fraction must not lie before warmup_fraction")
+        if any(not 0 <= decay < 1 for decay in self.ema_decays):
+            raise ValueError("every ema_decays value must lie in [0, 1)")
+        return self
+
+
+class SampleConfig(Section):
+    """How images are drawn; the published settings are the defaults of the published recipes."""
+
+    solver: Literal["euler_maruyama", "euler"] = Field("euler_maruyama", description="Integrator inside one entity.")
+    num_steps: int = Field(gt=0, description="Network evaluations per entity.")
+    guidance_scale: float = Field(ge=0, description="Classifier-free guidance of the last entity; 1 is no guidance.")
+    batch_size: int = Field(64, gt=0, description="Images drawn together on one rank.")
+
+    @model_validator(mode="after")
+    def _check(self) -> SampleConfig:
+        if self.solver == "euler_maruyama" and self.num_steps < 2:
+            raise ValueError("euler_maruyama needs num_steps of 2 or more: its last step is a plain denoise")
+        return self
+
+
+class EvaluateConfig(Section):
+    """How results are judged."""
+
+    protocol: str = Field(description="Evaluation protocol: which network, resize rule and library.")
+    count: int = Field(gt=0, description="Generated images that the metric is computed on.")
+
+
+class Published(Section):
+    """What the paper reports for this recipe."""
+
+    source: str = Field(description="Where the figures stand.")
+    fid: float | None = Field(None, description="FID on 50,000 samples with guidance.")
+    inception_score: float | None = Field(None, description="Inception Score of the same samples.")
+    precision: float | None = Field(None, description="Precision of the same samples.")
+    recall: float | None = Field(None, description="Recall of the same samples.")
+    parameters: float | None = Field(None, description="Parameters in millions.")
+    images_per_second: float | None = Field(None, description="Sampling speed on one A100, batch 128, 50 steps.")
+
+
+class Config(Section):
+    """A recipe, resolved: everything a run needs to be made again."""
+
+    name: str = Field(description="Name of the recipe.")
+    description: str = Field("", description="One line for `xar recipes list`.")
+    published: Published | None = Field(None, description="The paper's results, to report beside ours.")
+    data: DataConfig
+    tokenizer: TokenizerConfig
+    entity: EntityConfig
+    model: ModelConfig
+    train: TrainConfig
+    sample: SampleConfig
+    evaluate: EvaluateConfig
+
+    @property
+    def stride(self) -> int:
+        """Pixels per token along one side."""
+        return KL16_STRIDE if self.tokenizer.kind == "kl16" else self.tokenizer.patch
+
+    @property
+    def latent_channels(self) -> int:
+        """Values C per token."""
+        if self.tokenizer.kind == "kl16":
+            return KL16_CHANNELS
+        return self.data.image_channels * self.tokenizer.patch**2
+
+    @property
+    def grid(self) -> tuple[int, int]:
+        """Rows and columns (H, W) of the latent grid."""
+        side = self.data.image_size // self.stride
+        return side, side
+
+    @property
+    def null_label(self) -> int:
+        """The label that stands for 'no class': one past the last."""
+        return self.data.num_classes
+
+    @model_validator(mode="after")
+    def _check(self) -> Config:
+        if self.data.image_size % self.stride:
+            raise ValueError(f"data.image_size {self.data.image_size} is not a multiple of the tokenizer's {self.stride} pixels")
+        if self.tokenizer.kind == "kl16" and self.data.image_channels != 3:
+            raise ValueError("tokenizer kl16 needs data.image_channels: 3")
+        misfit = self.entity.misfit(self.grid)
+        if misfit:
+            raise ValueError(misfit)
+        return self

@@ -1,0 +1,115 @@
+"""Block-causal attention over entities, and the cache of keys and values that sampling passes in.
+
+Legend: B batch, N tokens of this call, S tokens of the context before it, D width, H heads, E head width.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from xar_cli.model.rope import rotate
+
+MAX_UNMASKED_CALLS = 16  # up to this many entities, one unmasked call each is cheaper than one masked call
+
+
+class KVCache:
+    """Keys and values of the entities that are final, for all layers; preallocated, rotated once.
+
+    A forward pass writes the keys and values of its own tokens behind the committed ones and attends to both.
+    They stay only if `commit` is called; otherwise the next pass overwrites them.
+
+    Args:
+        layers, batch, heads, tokens, head_dim: the shape; `tokens` is the longest context plus one entity.
+        device, dtype: where, and in which precision, the keys and values are kept.
+    """
+
+    def __init__(
+        self, layers: int, batch: int, heads: int, tokens: int, head_dim: int, device: torch.device, dtype: torch.dtype
+    ) -> None:
+        self.keys = torch.empty(layers, batch, heads, tokens, head_dim, device=device, dtype=dtype)
+        self.values = torch.empty_like(self.keys)
+        self.length = 0
+
+    def rows(self, count: int) -> KVCache:
+        """A view of the first `count` batch rows, with the same committed length."""
+        view = object.__new__(KVCache)
+        view.keys, view.values, view.length = self.keys[:, :count], self.values[:, :count], self.length
+        return view
+
+    def extend(self, layer: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+        """Put (B, H, N, E) keys and values behind the committed ones; both together, (B, H, S + N, E) views."""
+        end = self.length + keys.shape[2]
+        self.keys[layer, :, :, self.length : end] = keys
+        self.values[layer, :, :, self.length : end] = values
+        return self.keys[layer, :, :, :end], self.values[layer, :, :, :end]
+
+    def commit(self, tokens: int) -> None:
+        """Keep the `tokens` newest keys and values, which the last pass wrote."""
+        self.length += tokens
+
+
+def block_causal_mask(lengths: tuple[int, ...], past: int = 0, device: torch.device | None = None) -> Tensor:
+    """(N, past + N) bool, True where a token may look: its own entity, all earlier ones, the past."""
+    entity = torch.repeat_interleave(torch.arange(len(lengths), device=device), torch.tensor(lengths, device=device))
+    mask = entity[:, None] >= entity[None, :]
+    return F.pad(mask, (past, 0), value=True)
+
+
+def block_causal_attention(
+    queries: Tensor, keys: Tensor, values: Tensor, lengths: tuple[int, ...], dropout: float = 0.0
+) -> Tensor:
+    """Attention in which an entity sees itself, all earlier entities and the past.
+
+    With few entities this is one unmasked call each over a prefix of the keys: only the visible area is
+    computed and fused kernels apply, with dropout too. With many it is one call with a mask.
+
+    Args:
+        queries: (B, H, N, E), the tokens of len(lengths) entities.
+        keys, values: (B, H, S + N, E), S tokens of the past first.
+        lengths: tokens of each entity, with sum N.
+        dropout: probability on the attention weights.
+
+    Returns:
+        (B, H, N, E).
+    """
+    past = keys.shape[2] - queries.shape[2]
+    if len(lengths) > MAX_UNMASKED_CALLS:
+        mask = block_causal_mask(lengths, past, queries.device)
+        return F.scaled_dot_product_attention(queries, keys, values, attn_mask=mask, dropout_p=dropout)
+    parts, start = [], 0
+    for length in lengths:
+        end = start + length
+        visible = slice(0, past + end)
+        parts.append(
+            F.scaled_dot_product_attention(
+                queries[:, :, start:end], keys[:, :, visible], values[:, :, visible], dropout_p=dropout
+            )
+        )
+        start = end
+    return parts[0] if len(parts) == 1 else torch.cat(parts, dim=2)
+
+
+class Attention(nn.Module):
+    """Multi-head attention with a fused qkv projection and rotary positions; no q/k norm."""
+
+    def __init__(self, dim: int, heads: int, dropout: float) -> None:
+        super().__init__()
+        self.heads = heads
+        self.dropout = dropout
+        self.qkv = nn.Linear(dim, 3 * dim)
+        self.proj = nn.Linear(dim, dim)
+
+    def forward(
+        self, h: Tensor, rope: Tensor, lengths: tuple[int, ...], cache: KVCache | None = None, layer: int = 0
+    ) -> Tensor:
+        """(B, N, D) -> (B, N, D); `rope` (2, N, E/2); `lengths` the tokens of each entity among the N."""
+        qkv = self.qkv(h).unflatten(-1, (3, self.heads, -1))  # (B, N, 3, H, E)
+        q, k, v = qkv.permute(2, 0, 3, 1, 4)  # (B, H, N, E) each
+        q, k = rotate(q, rope), rotate(k, rope)
+        if cache is not None:
+            k, v = cache.extend(layer, k, v)
+        out = block_causal_attention(q, k, v, lengths, self.dropout if self.training else 0.0)
+        out = self.proj(out.transpose(1, 2).flatten(2))
+        return F.dropout(out, self.dropout, self.training)

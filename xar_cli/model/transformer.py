@@ -1,0 +1,246 @@
+"""XAR, the network that predicts the velocity of noisy entities (paper, section 3.3 and appendix A).
+
+Owns the architecture and its initialisation. Knows nothing of noise schedules, solvers or training.
+Legend: B batch, K entities of this call, N their tokens, C channels, D width, M hidden width of the MLP.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from xar_cli.config.schema import Config
+from xar_cli.model.attention import Attention, KVCache
+from xar_cli.model.entities import build_grouping
+from xar_cli.model.rope import rope_table
+
+TIME_FREQUENCIES = 128  # the sinusoid is twice as wide
+TIME_SCALE = 1000  # t in [0, 1] becomes an integer timestep 0 .. 1000
+NORM_EPS = 1e-6
+HIDDEN_MULTIPLE = 64  # MLP width is zero-padded to a multiple of this: unaligned rows are slow
+
+
+class XAR(nn.Module):
+    """Velocity of noisy tokens, given the label and every entity's timestep.
+
+    Args:
+        config: a resolved recipe; grid, entity, tokenizer channels, classes and the model section are read.
+    """
+
+    rope: Tensor
+
+    def __init__(self, config: Config) -> None:
+        super().__init__()
+        dim, depth, heads = config.model.dim, config.model.depth, config.model.heads
+        self.grouping = build_grouping(config.entity, config.grid)
+        self.null_label = config.null_label
+        tokens, channels = self.grouping.num_tokens, config.latent_channels
+
+        self.class_embedding = nn.Embedding(config.data.num_classes + 1, dim)
+        self.time_mlp = nn.Sequential(nn.Linear(2 * TIME_FREQUENCIES, dim), nn.SiLU(), nn.Linear(dim, dim))
+        self.token_proj = nn.Linear(channels, dim)
+        self.pos_encoder = nn.Parameter(torch.empty(1, tokens, dim))
+        self.pos_decoder = nn.Parameter(torch.empty(1, tokens, dim))
+        self.token_norm = RMSNorm(dim)
+
+        def stack() -> nn.ModuleList:
+            return nn.ModuleList(Block(dim, heads, config.model.mlp_hidden, config.model.dropout) for _ in range(depth))
+
+        self.encoder = stack()
+        self.encoder_norm = RMSNorm(dim)
+        self.decoder_proj = nn.Linear(dim, dim)
+        self.decoder = stack()
+        self.decoder_norm = RMSNorm(dim)
+        self.velocity_proj = nn.Linear(dim, channels)
+        # Computed on the CPU even when the module is built on the meta device, so it never needs filling in.
+        with torch.device("cpu"):
+            table = rope_table(self.grouping.coordinates, config.model.head_dim)
+        self.register_buffer("rope", table, persistent=False)
+
+    @property
+    def blocks(self) -> list[Block]:
+        """All blocks, encoder stack first."""
+        return [*self.encoder, *self.decoder]  # type: ignore[list-item]
+
+    def forward(
+        self, x_t: Tensor, t: Tensor, labels: Tensor, first_entity: int = 0, cache: KVCache | None = None
+    ) -> Tensor:
+        """The velocity of the entities first_entity .. first_entity + K - 1.
+
+        Args:
+            x_t: (B, N, C) noisy tokens in entity order.
+            t: (B, K) timestep of every entity, 0 is data and 1 is noise.
+            labels: (B,) class labels; `null_label` for none.
+            first_entity: number of the first entity in x_t.
+            cache: keys and values of the entities before it; without one, x_t must begin with entity 0.
+
+        Returns:
+            (B, N, C), in the order of x_t.
+        """
+        num_entities = t.shape[1]
+        lengths = self.grouping.lengths[first_entity : first_entity + num_entities]
+        start = self.grouping.span(first_entity).start
+        place = slice(start, start + sum(lengths))
+        rope = self.rope[:, place]
+        condition = F.silu(self.condition(t, labels))  # (B, K, D)
+
+        h = self.token_proj(x_t) + self.pos_encoder[:, place]  # (B, N, D)
+        h = self.token_norm(h)
+        for layer, block in enumerate(self.encoder):
+            h = block(h, condition, rope, lengths, cache, layer)
+        h = self.decoder_proj(self.encoder_norm(h)) + self.pos_decoder[:, place]
+        for layer, block in enumerate(self.decoder, start=len(self.encoder)):
+            h = block(h, condition, rope, lengths, cache, layer)
+        return self.velocity_proj(self.decoder_norm(h))  # (B, N, C)
+
+    def condition(self, t: Tensor, labels: Tensor) -> Tensor:
+        """(B, K) timesteps and (B,) labels -> (B, K, D): class embedding plus time embedding."""
+        time = self.time_mlp(timestep_sinusoid(t).to(self.time_mlp[0].weight.dtype))
+        return self.class_embedding(labels)[:, None] + time
+
+    def new_cache(self, batch: int, dtype: torch.dtype) -> KVCache:
+        """An empty cache that holds a whole sequence for `batch` rows."""
+        heads = self.encoder[0].attention.heads
+        return KVCache(
+            len(self.encoder) + len(self.decoder), batch, heads, self.grouping.num_tokens,
+            self.pos_encoder.shape[2] // heads, self.pos_encoder.device, dtype,
+        )  # fmt: skip
+
+
+class Block(nn.Module):
+    """Attention and gated MLP, each modulated by the condition of its entity (adaLN)."""
+
+    def __init__(self, dim: int, heads: int, hidden: int, dropout: float) -> None:
+        super().__init__()
+        self.attention = Attention(dim, heads, dropout)
+        self.mlp = GatedMLP(dim, hidden, dropout)
+        self.modulation = nn.Linear(dim, 6 * dim)
+
+    def forward(
+        self, h: Tensor, condition: Tensor, rope: Tensor, lengths: tuple[int, ...], cache: KVCache | None, layer: int
+    ) -> Tensor:
+        """h (B, N, D), condition (B, K, D) after its SiLU -> (B, N, D)."""
+        gate_attn, gate_mlp, scale_attn, scale_mlp, shift_attn, shift_mlp = self.modulation(condition).chunk(6, dim=-1)
+        update = self.attention(modulate(h, scale_attn, shift_attn, lengths), rope, lengths, cache, layer)
+        h = h + gated(update, gate_attn, lengths)
+        update = self.mlp(modulate(h, scale_mlp, shift_mlp, lengths))
+        return h + gated(update, gate_mlp, lengths)
+
+
+class GatedMLP(nn.Module):
+    """fc2(GELU(gate) * value), where fc1 makes gate and value in one product.
+
+    The hidden width is zero-padded to a multiple of 64. The padding is exact: a padded gate gives GELU(0) = 0,
+    so padded weights have no effect, no gradient, and stay zero.
+    """
+
+    def __init__(self, dim: int, hidden: int, dropout: float) -> None:
+        super().__init__()
+        self.hidden = hidden
+        padded = math.ceil(hidden / HIDDEN_MULTIPLE) * HIDDEN_MULTIPLE
+        self.dropout = dropout
+        self.fc1 = nn.Linear(dim, 2 * padded)  # rows: gate, its padding, value, its padding
+        self.fc2 = nn.Linear(padded, dim)
+
+    def forward(self, h: Tensor) -> Tensor:
+        """(B, N, D) -> (B, N, D)."""
+        gate, value = self.fc1(h).chunk(2, dim=-1)  # (B, N, M) each
+        h = F.dropout(F.gelu(gate) * value, self.dropout, self.training)
+        return F.dropout(self.fc2(h), self.dropout, self.training)
+
+
+class RMSNorm(nn.Module):
+    """Root-mean-square norm with a learned weight; the norm is taken in float32."""
+
+    def __init__(self, dim: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(dim))
+
+    def forward(self, h: Tensor) -> Tensor:
+        """(..., D) -> (..., D)."""
+        return rms_norm(h) * self.weight
+
+
+def rms_norm(h: Tensor) -> Tensor:
+    """h / sqrt(mean(h^2) + 1e-6) over the last dim, in float32, cast back."""
+    wide = h.float()
+    return (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + NORM_EPS)).type_as(h)
+
+
+def modulate(h: Tensor, scale: Tensor, shift: Tensor, lengths: tuple[int, ...]) -> Tensor:
+    """(1 + scale) * rms_norm(h) + shift; h (B, N, D), scale and shift (B, K, D), one vector per entity."""
+    if _uniform(lengths):  # broadcast over each entity's tokens: nothing is copied per token
+        entities = rms_norm(h).unflatten(1, (len(lengths), lengths[0]))
+        return ((1 + scale[:, :, None]) * entities + shift[:, :, None]).flatten(1, 2)
+    return (1 + per_token(scale, lengths)) * rms_norm(h) + per_token(shift, lengths)
+
+
+def gated(h: Tensor, gate: Tensor, lengths: tuple[int, ...]) -> Tensor:
+    """gate * h; h (B, N, D), gate (B, K, D), one vector per entity."""
+    if _uniform(lengths):
+        return (gate[:, :, None] * h.unflatten(1, (len(lengths), lengths[0]))).flatten(1, 2)
+    return per_token(gate, lengths) * h
+
+
+def per_token(v: Tensor, lengths: tuple[int, ...]) -> Tensor:
+    """Repeat the vectors (B, K, D) of the entities for each of their tokens: (B, N, D)."""
+    parts = [v[:, j : j + 1].expand(-1, length, -1) for j, length in enumerate(lengths)]
+    return torch.cat(parts, dim=1)
+
+
+def _uniform(lengths: tuple[int, ...]) -> bool:
+    return all(length == lengths[0] for length in lengths)
+
+
+def timestep_sinusoid(t: Tensor) -> Tensor:
+    """(...,) t in [0, 1] -> (..., 256): [cos(a), sin(a)] with a = floor(1000 t) * 10000^(-i / 128).
+
+    The floor is taken on float32 t * 1000; another precision changes the index on many grids.
+    """
+    index = torch.floor(t.float() * TIME_SCALE)
+    rows = torch.arange(TIME_FREQUENCIES, dtype=torch.float32, device=t.device)
+    angles = index[..., None] * torch.exp(-math.log(10000) * rows / TIME_FREQUENCIES)
+    return torch.cat([angles.cos(), angles.sin()], dim=-1)
+
+
+@torch.no_grad()
+def init_weights(model: XAR, generator: torch.Generator | None = None) -> None:
+    """Fill all parameters of a freshly built model, in place.
+
+    | parameter                                   | initial value                                     |
+    |---------------------------------------------|---------------------------------------------------|
+    | class embedding, both position embeddings   | normal, standard deviation 0.02                   |
+    | Linear weights                              | Xavier uniform; the fused qkv as one matrix       |
+    | fc1 gate and value                          | Xavier uniform, each as its own unpadded matrix   |
+    | Linear biases, padding of the MLP           | 0                                                 |
+    | norm weights                                | 1                                                 |
+    """
+    for parameter in (model.class_embedding.weight, model.pos_encoder, model.pos_decoder):
+        parameter.normal_(0, 0.02, generator=generator)
+    for module in model.modules():
+        if isinstance(module, nn.Linear):
+            nn.init.xavier_uniform_(module.weight, generator=generator)
+            module.bias.zero_()
+        elif isinstance(module, RMSNorm):
+            module.weight.fill_(1)
+    for module in model.modules():
+        if isinstance(module, GatedMLP):
+            padded = module.fc2.in_features
+            for matrix in module.fc1.weight.split(padded):
+                nn.init.xavier_uniform_(matrix[: module.hidden], generator=generator)
+                matrix[module.hidden :] = 0
+            nn.init.xavier_uniform_(module.fc2.weight[:, : module.hidden], generator=generator)
+            module.fc2.weight[:, module.hidden :] = 0
+
+
+def count_parameters(model: XAR) -> int:
+    """Parameters of the network, the MLP's padding left out."""
+    padding = 0
+    for module in model.modules():
+        if isinstance(module, GatedMLP):
+            extra = module.fc2.in_features - module.hidden
+            padding += extra * (2 * module.fc1.in_features + 2 + module.fc2.out_features)
+    return sum(parameter.numel() for parameter in model.parameters()) - padding

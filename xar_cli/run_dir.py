@@ -1,0 +1,112 @@
+"""Where things lie inside a run folder, and how a file is put there whole.
+
+Owns names and atomic writes; knows nothing of what the files mean.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from xar_cli.errors import UserError
+
+
+@dataclass(frozen=True)
+class RunDir:
+    """The paths inside the folder of one training run."""
+
+    root: Path
+
+    @property
+    def config(self) -> Path:
+        """The resolved config of the run, as YAML."""
+        return self.root / "config.yaml"
+
+    @property
+    def identity(self) -> Path:
+        """Which data and which program version the run was made with, as JSON."""
+        return self.root / "run.json"
+
+    @property
+    def metrics(self) -> Path:
+        """One JSON object a line, one line each logging step."""
+        return self.root / "metrics.jsonl"
+
+    @property
+    def checkpoints(self) -> Path:
+        """Folders `step-00001234`, one a checkpoint."""
+        return self.root / "checkpoints"
+
+    @property
+    def samples(self) -> Path:
+        """Folders of generated images."""
+        return self.root / "samples"
+
+    @property
+    def previews(self) -> Path:
+        """Grids of fixed seeds made while training."""
+        return self.root / "previews"
+
+    def exists(self) -> bool:
+        """Whether a run has been started here."""
+        return self.config.is_file()
+
+    def require(self) -> RunDir:
+        """This run folder, or a UserError where there is none."""
+        if not self.exists():
+            raise UserError(
+                f"'{self.root}' is not a run folder: it has no {self.config.name}.",
+                "Give the folder that `xar train --out` wrote.",
+            )
+        return self
+
+
+def write_atomic(path: Path, data: bytes | str) -> None:
+    """Write a file beside its place, flush it to disk, then rename it into place: whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with temporary.open("wb") as file:
+            file.write(data.encode() if isinstance(data, str) else data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write a value as indented JSON, whole or not at all."""
+    write_atomic(path, json.dumps(value, indent=2) + "\n")
+
+
+def require_writable(folder: Path, needed_bytes: int, purpose: str) -> None:
+    """Raise a UserError unless `folder` can be written to and its disk has `needed_bytes` free.
+
+    The folder need not exist: its nearest existing parent is asked. Nothing is created.
+    """
+    existing = folder.absolute()
+    while not existing.exists():
+        existing = existing.parent
+    if not existing.is_dir() or not os.access(existing, os.W_OK | os.X_OK):
+        raise UserError(f"Cannot write {purpose} under '{existing}'.", "Choose another folder or fix its permissions.")
+    free = shutil.disk_usage(existing).free
+    if free < needed_bytes:
+        raise UserError(
+            f"Not enough disk space for {purpose} under '{existing}': {format_bytes(needed_bytes)} needed, "
+            f"{format_bytes(free)} free.",
+            "Free some space or choose a folder on another disk.",
+        )
+
+
+def format_bytes(count: float) -> str:
+    """A byte count for people: 1536 -> '1.5 KB' (powers of 1000 as disks are sold)."""
+    for unit in ("B", "KB", "MB", "GB"):
+        if count < 1000:
+            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
+        count /= 1000
+    return f"{count:.1f} TB"

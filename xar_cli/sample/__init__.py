@@ -1,0 +1,1 @@
+"""The sample stage: from a trained network to a folder of images with a manifest."""

@@ -1,0 +1,54 @@
+"""Noise and labels of generated images, each addressed by (seed, image index) alone.
+
+So image i is the same image in any batch, on any number of processes, after any restart.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+_LABEL_STREAM, _NOISE_STREAM = 1, 2  # keep the two uses of one seed apart
+
+
+def _generator_seed(*address: int) -> int:
+    """A 63-bit seed from a tuple of numbers; different tuples give unrelated streams."""
+    return int(np.random.SeedSequence(address).generate_state(1, np.uint64)[0] >> np.uint64(1))
+
+
+def balanced_label(seed: int, index: int, classes: Sequence[int]) -> int:
+    """Label of image `index`: every run of len(classes) images holds each class once, in an order of its own.
+
+    Any count is as balanced as it can be, and the files are in a fixed shuffled order.
+    """
+    block, place = divmod(index, len(classes))
+    order = np.random.default_rng((_LABEL_STREAM, seed, block)).permutation(len(classes))
+    return classes[order[place]]
+
+
+class AddressedNoise:
+    """Gaussian noise of a batch of images, drawn on the CPU and the same for any device.
+
+    Args:
+        seed: of the whole set of samples.
+        indices: image index of every row of the batch.
+        channels: C, values per token.
+        device: where the noise is wanted.
+    """
+
+    def __init__(self, seed: int, indices: Sequence[int], channels: int, device: torch.device) -> None:
+        self._seed, self._indices, self._channels, self._device = seed, list(indices), channels, device
+
+    def draw(self, entity: int, length: int, draws: int) -> Tensor:
+        """(draws, B, length, C) float32 standard normal noise of one entity; row 0 is its initial noise."""
+        rows = [
+            torch.randn(
+                draws, length, self._channels,
+                generator=torch.Generator().manual_seed(_generator_seed(_NOISE_STREAM, self._seed, index, entity)),
+            )
+            for index in self._indices
+        ]  # fmt: skip
+        return torch.stack(rows, dim=1).to(self._device)

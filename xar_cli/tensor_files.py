@@ -1,0 +1,135 @@
+"""Files of tensors, opened without running anything in them, and the check of their names and shapes.
+
+Owns: which kinds of file are read (safetensors, PyTorch's pickles), the allow-list for pickles, the error for a
+state that does not fit. Knows no model: what the names mean is the business of `tokenizer` and `weights`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import pickle
+import struct
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+
+from xar_cli.errors import UserError
+
+State = dict[str, torch.Tensor]
+
+# What a pickle may hold beside tensors and plain values: the arguments that the original training stores.
+ALLOWED_CLASSES: tuple[type, ...] = (argparse.Namespace,)
+
+NAMES_SHOWN = 3  # a refused state names this many tensors of each fault
+
+
+def read_tensor_file(path: Path) -> tuple[Any, dict[str, str]]:
+    """Read a safetensors file or a PyTorch pickle; which one it is follows from its first bytes.
+
+    Tensors are mapped from disk and not copied where the format allows: memory is taken when they are used.
+
+    Returns:
+        What the file holds (a flat dict for safetensors, any nesting for a pickle), and the safetensors metadata.
+
+    Raises:
+        UserError: no such file, damaged, or a pickle with anything but tensors, plain values and `ALLOWED_CLASSES`.
+    """
+    if not path.is_file():
+        raise UserError(f"There is no file '{path}'.", "Check the path of the weights.")
+    try:
+        with path.open("rb") as file:
+            head = file.read(9)
+    except OSError as error:
+        raise UserError(f"Cannot read '{path}': {error.strerror}.", "Check the permissions of the file.") from None
+    if head[8:9] == b"{":
+        return read_safetensors(path)
+    return read_pickle(path), {}
+
+
+def read_safetensors(path: Path) -> tuple[State, dict[str, str]]:
+    """The tensors of a safetensors file, mapped from disk, and its metadata; raises UserError for a damaged file."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            return {name: file.get_tensor(name) for name in file.keys()}, dict(file.metadata() or {})
+    except (SafetensorError, OSError, struct.error) as error:
+        raise _damaged(path, "safetensors file", error) from None
+
+
+def read_pickle(path: Path) -> Any:
+    """What a PyTorch pickle holds, read with `weights_only=True`: nothing in the file can run."""
+    try:
+        with torch.serialization.safe_globals(list(ALLOWED_CLASSES)):
+            try:
+                return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+            except RuntimeError as error:
+                if "mmap" not in str(error):
+                    raise
+                return torch.load(path, map_location="cpu", weights_only=True)  # the format before PyTorch 1.6
+    except pickle.UnpicklingError as error:
+        raise UserError(
+            f"'{path}' is not a file of weights, or holds objects that could run code ({_first_line(error)}); "
+            "it was not opened.",
+            "Use a file that holds only tensors, or convert it to safetensors where you trust it.",
+        ) from None
+    except (RuntimeError, EOFError, OSError, ValueError, KeyError, IndexError, AttributeError, TypeError) as error:
+        raise _damaged(path, "PyTorch file", error) from None
+
+
+def is_state(value: Any) -> bool:
+    """Whether a value is a non-empty mapping of names to tensors."""
+    return (
+        isinstance(value, Mapping)
+        and len(value) > 0
+        and all(isinstance(key, str) and isinstance(item, torch.Tensor) for key, item in value.items())
+    )
+
+
+def check_state(
+    state: Mapping[str, torch.Tensor], expected: Mapping[str, Sequence[int]], what: str, next_step: str
+) -> None:
+    """Raise a UserError unless `state` has exactly the expected names and shapes.
+
+    Args:
+        state: the tensors of a file.
+        expected: the shape that each name must have.
+        what: the file and what it was taken for; opens the error's sentence.
+        next_step: what the person can do about it.
+    """
+    missing = [name for name in expected if name not in state]
+    extra = [name for name in state if name not in expected]
+    misshapen = [
+        f"{name} is {_shape(state[name].shape)}, not {_shape(shape)}"
+        for name, shape in expected.items()
+        if name in state and tuple(state[name].shape) != tuple(shape)
+    ]
+    faults = [
+        f"{len(names)} {kind}: {_first(names)}"
+        for kind, names in (("missing", missing), ("unknown", extra), ("misshapen", misshapen))
+        if names
+    ]
+    if faults:
+        raise UserError(f"{what} does not fit: {'; '.join(faults)}.", next_step)
+
+
+def _first(names: Iterable[str]) -> str:
+    names = list(names)
+    more = len(names) - NAMES_SHOWN
+    return ", ".join(names[:NAMES_SHOWN]) + (f" and {more} more" if more > 0 else "")
+
+
+def _shape(shape: Iterable[int]) -> str:
+    return f"({', '.join(str(size) for size in shape)})"
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:200].rstrip(".")
+
+
+def _damaged(path: Path, kind: str, error: Exception) -> UserError:
+    return UserError(
+        f"'{path}' cannot be read as a {kind}: {_first_line(error)}.",
+        "The file may be damaged or cut short: fetch it again.",
+    )
