@@ -1,7 +1,7 @@
 """Files of tensors, opened without running anything in them, and the check of their names and shapes.
 
-Owns: which kinds of file are read (safetensors, PyTorch's pickles), the allow-list for pickles, the error for a
-state that does not fit. Knows no model: what the names mean is the business of `tokenizer` and `weights`.
+Owns: which kinds of file are read (safetensors, PyTorch's pickles), the allow-list for pickles, the error for
+a state that does not fit. Knows no model: what the names mean is the business of `tokenizer` and `weights`.
 """
 
 from __future__ import annotations
@@ -32,10 +32,10 @@ def read_tensor_file(path: Path) -> tuple[Any, dict[str, str]]:
     Tensors are mapped from disk and not copied where the format allows: memory is taken when they are used.
 
     Returns:
-        What the file holds (a flat dict for safetensors, any nesting for a pickle), and the safetensors metadata.
+        What the file holds (a flat dict for safetensors, any nesting for a pickle), and its metadata.
 
     Raises:
-        UserError: no such file, damaged, or a pickle with anything but tensors, plain values and `ALLOWED_CLASSES`.
+        UserError: no such file, damaged, or a pickle with more than tensors, plain values, `ALLOWED_CLASSES`.
     """
     if not path.is_file():
         raise UserError(f"There is no file '{path}'.", "Check the path of the weights.")
@@ -43,17 +43,19 @@ def read_tensor_file(path: Path) -> tuple[Any, dict[str, str]]:
         with path.open("rb") as file:
             head = file.read(9)
     except OSError as error:
-        raise UserError(f"Cannot read '{path}': {error.strerror}.", "Check the permissions of the file.") from None
+        raise UserError(
+            f"Cannot read '{path}': {error.strerror}.", "Check the permissions of the file."
+        ) from None
     if head[8:9] == b"{":
         return read_safetensors(path)
     return read_pickle(path), {}
 
 
 def read_safetensors(path: Path) -> tuple[State, dict[str, str]]:
-    """The tensors of a safetensors file, mapped from disk, and its metadata; raises UserError for a damaged file."""
+    """The tensors of a safetensors file, mapped from disk, and its metadata; UserError for a damaged file."""
     try:
         with safe_open(path, framework="pt") as file:
-            return {name: file.get_tensor(name) for name in file.keys()}, dict(file.metadata() or {})
+            return {name: file.get_tensor(name) for name in file.keys()}, dict(file.metadata() or {})  # noqa: SIM118
     except (SafetensorError, OSError, struct.error) as error:
         raise _damaged(path, "safetensors file", error) from None
 
@@ -67,14 +69,25 @@ def read_pickle(path: Path) -> Any:
             except RuntimeError as error:
                 if "mmap" not in str(error):
                     raise
-                return torch.load(path, map_location="cpu", weights_only=True)  # the format before PyTorch 1.6
+                return torch.load(
+                    path, map_location="cpu", weights_only=True
+                )  # the format before PyTorch 1.6
     except pickle.UnpicklingError as error:
         raise UserError(
-            f"'{path}' is not a file of weights, or holds objects that could run code ({_first_line(error)}); "
+            f"'{path}' is no file of weights, or holds objects that could run code ({_first_line(error)}); "
             "it was not opened.",
             "Use a file that holds only tensors, or convert it to safetensors where you trust it.",
         ) from None
-    except (RuntimeError, EOFError, OSError, ValueError, KeyError, IndexError, AttributeError, TypeError) as error:
+    except (
+        RuntimeError,
+        EOFError,
+        OSError,
+        ValueError,
+        KeyError,
+        IndexError,
+        AttributeError,
+        TypeError,
+    ) as error:
         raise _damaged(path, "PyTorch file", error) from None
 
 
