@@ -33,7 +33,7 @@ def load_tokenizer(
     if config.tokenizer.kind == "pixels":
         if weights is not None:
             raise UserError(
-                f"Recipe '{config.name}' has the tokenizer 'pixels', without weights: '{weights}' has no use.",
+                f"Recipe '{config.name}' has tokenizer 'pixels', which has no weights to load: '{weights}'.",
                 "Leave --tokenizer-weights away, or choose a recipe with tokenizer kl16.",
             )
         return Pixels(config.tokenizer.patch, config.data.image_channels)

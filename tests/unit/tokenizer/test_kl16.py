@@ -145,7 +145,7 @@ def test_missing_weights_say_where_to_get_them_and_which_option():
 
 
 def test_pixels_refuse_weights():
-    with pytest.raises(UserError, match="without weights"):
+    with pytest.raises(UserError, match="has no weights"):
         load_tokenizer(load_recipe("tiny"), "kl16.ckpt", CPU)
 
 
