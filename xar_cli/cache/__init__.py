@@ -1,0 +1,7 @@
+"""The stage that turns images into a latent cache: stage.py reads as the story, pipeline.py is the flow of
+work.
+"""
+
+from xar_cli.cache.stage import CacheSettings, CacheSummary, cache_latents
+
+__all__ = ["CacheSettings", "CacheSummary", "cache_latents"]

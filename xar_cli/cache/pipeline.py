@@ -1,0 +1,214 @@
+"""Images to moments at the encoder's speed: threads decode ahead, the caller's thread encodes, another thread
+writes.
+
+Owns the flow of work and the count of bad images. Which blocks there are to do, and the files, are the
+stage's.
+"""
+
+from __future__ import annotations
+
+import json
+import queue
+import threading
+import time
+from collections import deque
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from xar_cli.data.images import BadImageError, ImageSource, printable
+from xar_cli.data.latents import WRITTEN, LatentWriter
+from xar_cli.errors import UserError
+from xar_cli.logs import Progress
+from xar_cli.run_dir import format_bytes
+from xar_cli.tokenizer.codec import Codec
+
+BLOCKS_AHEAD = 3  # decoded blocks waiting for the encoder: more only takes memory
+COMMIT_ROWS = 1024  # a kill loses no more finished work than this,
+COMMIT_SECONDS = 2.0  # or this
+
+
+@dataclass(frozen=True)
+class Block:
+    """Rows [start, stop) that are encoded together: the same ones on every run, so that a resumed cache has
+    equal bytes.
+    """
+
+    start: int
+    stop: int
+
+
+class BadList:
+    """The images that could not be used: one JSON line each in `<cache>.bad.jsonl`.
+
+    Args:
+        path: the file, which several ranks may append to.
+        max_bad: how many this process may set aside; None for any number.
+    """
+
+    def __init__(self, path: Path, max_bad: int | None) -> None:
+        self.path, self.max_bad, self.count = path, max_bad, 0
+
+    def add(self, row: int, error: BadImageError) -> bool:
+        """List one image; False when it is one more than allowed."""
+        self.count += 1
+        line = (
+            json.dumps({"row": row, "name": printable(error.name), "reason": printable(error.reason)}) + "\n"
+        )
+        with self.path.open("a", encoding="utf-8") as file:
+            file.write(line)
+        return self.max_bad is None or self.count <= self.max_bad
+
+    def too_many(self, error: BadImageError) -> UserError:
+        """The error that ends the work."""
+        return UserError(
+            f"{self.count} images are bad, and {self.max_bad} may be; the last is "
+            f"'{printable(error.name)}': {error.reason}.",
+            f"They are listed in '{self.path}': mend or remove them, or add --skip-bad; the same command "
+            "goes on from here.",
+            exit_code=1,
+        )
+
+
+def encode_blocks(
+    source: ImageSource,
+    blocks: Sequence[Block],
+    codec: Codec,
+    writer: LatentWriter,
+    bad: BadList,
+    display: Progress,
+    device: torch.device,
+    workers: int,
+) -> None:
+    """Encode and store all missing rows of some blocks.
+
+    A block is always encoded whole, its stored and bad rows too, since a row's last bits may depend on the
+    batch.
+
+    Raises:
+        UserError: more bad images than allowed (exit code 1); what was made is stored.
+        OSError: the disk failed; what was committed is stored.
+    """
+    image_size, channels = writer.layout.image_size, codec.tokenizer.image_channels
+    store = _Store(writer, display, bad)
+    try:
+        for block, loaded in _decode_ahead(source, blocks, image_size, channels, workers):
+            images, failures = _collect(loaded, image_size, channels)
+            excess = None
+            for i, error in failures.items():
+                if bad.add(block.start + i, error):
+                    store.put_bad(block.start + i)
+                else:
+                    excess = error
+                    break
+            if excess:
+                raise bad.too_many(excess)
+            done = writer.states[block.start : block.stop] == WRITTEN
+            keep = np.flatnonzero(~done & ~np.isin(np.arange(len(done)), list(failures)))
+            if len(keep):
+                tensor = torch.from_numpy(images)
+                if device.type == "cuda":
+                    tensor = tensor.pin_memory().to(device, non_blocking=True)
+                moments = [codec.moments(tensor)]
+                if writer.layout.flip:
+                    moments.append(codec.moments(tensor.flip(-1)))
+                store.put(block.start + keep, keep, moments)
+            store.raise_if_failed()
+    finally:
+        store.close()
+    store.raise_if_failed()
+
+
+class _Store:
+    """A thread that takes moments off the device and writes them, so that the encoder need not wait for the
+    disk.
+    """
+
+    def __init__(self, writer: LatentWriter, display: Progress, bad: BadList) -> None:
+        self._writer, self._display, self._bad = writer, display, bad
+        self._queue: queue.Queue[tuple[np.ndarray, np.ndarray, list[Tensor]] | int | None] = queue.Queue(
+            maxsize=2
+        )
+        self._error: BaseException | None = None
+        self._thread = threading.Thread(target=self._run, name="latent-writer")
+        self._thread.start()
+
+    def put(self, rows: np.ndarray, keep: np.ndarray, moments: list[Tensor]) -> None:
+        self._queue.put((rows, keep, moments))
+
+    def put_bad(self, row: int) -> None:
+        self._queue.put(row)
+
+    def raise_if_failed(self) -> None:
+        if self._error is not None:
+            raise self._error
+
+    def close(self) -> None:
+        """Write what was put, commit it, end the thread."""
+        self._queue.put(None)
+        self._thread.join()
+
+    def _run(self) -> None:
+        last, rows_since = time.monotonic(), 0
+        while (item := self._queue.get()) is not None:
+            if self._error is not None:
+                continue  # keep taking, so that nobody waits for ever on a full queue
+            try:
+                rows_since += self._write(item)
+                if rows_since >= COMMIT_ROWS or time.monotonic() - last >= COMMIT_SECONDS:
+                    self._writer.commit()
+                    last, rows_since = time.monotonic(), 0
+            except BaseException as error:  # handed to the thread that waits for the work
+                self._error = error
+        try:
+            if self._error is None:
+                self._writer.commit()
+        except BaseException as error:
+            self._error = error
+
+    def _write(self, item: tuple[np.ndarray, np.ndarray, list[Tensor]] | int) -> int:
+        if isinstance(item, int):
+            self._writer.mark_bad(item)
+            return 1
+        rows, keep, moments = item
+        self._writer.write(rows, *(tensor.float().cpu().numpy()[keep] for tensor in moments))
+        notes = {"written": format_bytes(self._writer.bytes_written), "failed": self._bad.count}
+        self._display.update(len(rows), **notes)
+        return len(rows)
+
+
+def _decode_ahead(
+    source: ImageSource, blocks: Iterable[Block], image_size: int, channels: int, workers: int
+) -> Iterator[tuple[Block, list[Future[np.ndarray]]]]:
+    """Every block with its images being decoded, a few blocks ahead of the one in use."""
+    waiting: deque[tuple[Block, list[Future[np.ndarray]]]] = deque()
+    pool = ThreadPoolExecutor(workers, thread_name_prefix="decode")
+    try:
+        for block in blocks:
+            rows = range(block.start, block.stop)
+            waiting.append((block, [pool.submit(source.load, row, image_size, channels) for row in rows]))
+            if len(waiting) > BLOCKS_AHEAD:
+                yield waiting.popleft()
+        while waiting:
+            yield waiting.popleft()
+    finally:
+        pool.shutdown(wait=True, cancel_futures=True)
+
+
+def _collect(
+    loaded: list[Future[np.ndarray]], image_size: int, channels: int
+) -> tuple[np.ndarray, dict[int, BadImageError]]:
+    """The images of a block, uint8 (B, channels, S, S), black where one failed, and the failures."""
+    images = np.zeros((len(loaded), channels, image_size, image_size), np.uint8)
+    failures = {}
+    for i, future in enumerate(loaded):
+        try:
+            images[i] = future.result()
+        except BadImageError as error:
+            failures[i] = error
+    return images, failures

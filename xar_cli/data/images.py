@@ -1,0 +1,254 @@
+"""From a folder of images to pixels: which files there are, of which class, and the ADM centre crop.
+
+The one place where an image file becomes numbers; caching and evaluation both come here. Archives of such
+folders are read by archives.py, which shares the decoding.
+"""
+
+from __future__ import annotations
+
+import io
+import os
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from typing import BinaryIO, Protocol
+
+import numpy as np
+from PIL import Image, ImageOps
+
+from xar_cli.errors import UserError
+from xar_cli.logs import log
+
+CROP_RULE = "adm-centre"  # SPEC name of the rule in `centre_crop`, written into every cache
+IMAGE_SUFFIXES = frozenset(
+    (".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm")
+)
+MAX_PIXELS = 178_956_970  # decoded or resized; where Pillow too calls an image a decompression bomb
+_SIXTEEN_BIT_MODES = ("I", "I;16", "I;16B", "I;16L", "I;16N")
+
+# Set once, since warning filters are shared by all threads: the checks below decide what is too large.
+warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
+warnings.filterwarnings("ignore", category=UserWarning, module=r"PIL\.")
+
+
+class BadImageError(UserError):
+    """One image that cannot be used; its text names the file and says why."""
+
+    def __init__(self, name: str, reason: str) -> None:
+        super().__init__(f"Cannot read the image '{printable(name)}': {reason}.", "Mend or remove the file.")
+        self.name, self.reason = name, reason
+
+    def __reduce__(self) -> tuple[type, tuple[str, str]]:  # type: ignore[override]
+        return type(self), (self.name, self.reason)
+
+
+class ImageSource(Protocol):
+    """Labelled images in a fixed order: what the cache stage reads. A folder or an archive of one.
+
+    Attributes:
+        class_names: the classes in order of label; empty for images without classes.
+        names: path of every image inside the source, with forward slashes, sorted within its class.
+        labels: class of every image, int64 (N,); 0 throughout without classes.
+    """
+
+    class_names: tuple[str, ...]
+    names: list[str]
+    labels: np.ndarray
+
+    def __len__(self) -> int:
+        """Number of images."""
+        ...
+
+    def load(self, index: int, image_size: int, image_channels: int) -> np.ndarray:
+        """Image `index`, cropped: uint8 (image_channels, image_size, image_size), or BadImageError."""
+        ...
+
+
+class ImageFolder:
+    """The images under a folder: one class per subfolder, sorted by name; files sorted, nested to any depth.
+
+    Images right in the folder count only where no subfolder holds images: then there are no classes. Links to
+    folders are followed. Hidden files and folders are left out.
+
+    Attributes as in `ImageSource`; `paths` holds the full path of every image.
+
+    Raises:
+        UserError: no such folder, no images in it, a class without images, a folder that cannot be read, or a
+            link that leads back to a folder above it.
+    """
+
+    def __init__(self, root: str | Path) -> None:
+        self.root = Path(root)
+        if not self.root.is_dir():
+            raise UserError(f"There is no image folder '{printable(str(self.root))}'.", "Check the path.")
+        self.class_names, self.names, self.labels = sort_into_classes(list(_walk(self.root)), str(self.root))
+
+    @property
+    def paths(self) -> list[Path]:
+        """Full path of every image, in order."""
+        return [self.root / name for name in self.names]
+
+    def __len__(self) -> int:
+        """Number of images."""
+        return len(self.names)
+
+    def load(self, index: int, image_size: int, image_channels: int) -> np.ndarray:
+        """Image `index`, cropped: uint8 (image_channels, image_size, image_size)."""
+        return load_image(os.path.join(self.root, self.names[index]), image_size, image_channels)
+
+
+def sort_into_classes(names: list[str], source: str) -> tuple[tuple[str, ...], list[str], np.ndarray]:
+    """Class names, file names in order, and labels, from the relative paths of all files and empty folders.
+
+    Args:
+        names: paths with forward slashes; one that ends in a slash is a folder with nothing in it.
+        source: what to call the whole in an error.
+    """
+    images: dict[str, list[str]] = {}
+    empty: set[str] = set()
+    for name in names:
+        first, slash, _ = name.partition("/")
+        if is_image_name(name):
+            images.setdefault(first if slash else "", []).append(name)
+        elif slash:
+            empty.add(first)
+    empty -= images.keys()
+    unsorted = images.pop("", [])
+    if not images and not unsorted:
+        raise UserError(
+            f"There are no images in '{printable(source)}'.",
+            "Give a folder with one subfolder of JPEG, PNG or WebP files per class.",
+        )
+    if not images:
+        return (), sorted(unsorted), np.zeros(len(unsorted), np.int64)
+    if unsorted:
+        log.warning(
+            f"{len(unsorted)} images lie beside the class folders of '{printable(source)}' and are left out"
+        )
+    if empty:
+        listed = ", ".join(f"'{printable(name)}'" for name in sorted(empty)[:5])
+        raise UserError(
+            f"{len(empty)} class folders of '{printable(source)}' hold no images: {listed}.",
+            "Fill or remove them, so that the classes are what you mean.",
+        )
+    class_names = tuple(sorted(images))
+    ordered = [name for class_name in class_names for name in sorted(images[class_name])]
+    counts = [len(images[class_name]) for class_name in class_names]
+    return class_names, ordered, np.repeat(np.arange(len(class_names), dtype=np.int64), counts)
+
+
+def is_image_name(name: str) -> bool:
+    """Whether a file name ends as an image's does."""
+    return os.path.splitext(name)[1].lower() in IMAGE_SUFFIXES
+
+
+def is_hidden(name: str) -> bool:
+    """Whether a file or folder name is one that no data set means: hidden, or macOS archive rubble."""
+    return name.startswith(".") or name == "__MACOSX"
+
+
+def printable(name: str) -> str:
+    """A file name as text that any terminal or JSON file takes: bytes that are not UTF-8 become \\xNN."""
+    return os.fsencode(name).decode("utf-8", "backslashreplace")
+
+
+def load_image(path: str | Path, image_size: int, image_channels: int = 3) -> np.ndarray:
+    """Read an image file as the model sees it.
+
+    Returns:
+        uint8 (image_channels, image_size, image_size), 0 to 255; RGB, or grey for image_channels = 1.
+
+    Raises:
+        BadImageError: missing, unreadable, truncated, not an image, or too large to be one.
+    """
+    try:
+        with open(path, "rb") as file:
+            return decode_image(file, str(path), image_size, image_channels)
+    except OSError as error:
+        raise BadImageError(str(path), error.strerror or str(error)) from None
+
+
+def decode_image(file: BinaryIO | bytes, name: str, image_size: int, image_channels: int = 3) -> np.ndarray:
+    """The same as `load_image`, from an open file or its bytes; `name` is for the error."""
+    stream = io.BytesIO(file) if isinstance(file, bytes) else file
+    try:
+        with Image.open(stream) as image:
+            _refuse_bomb(image.size)
+            image = centre_crop(_to_eight_bits(image, image_channels), image_size)
+    except Exception as error:  # damaged files make Pillow's decoders raise nearly anything
+        raise BadImageError(name, _reason(error)) from None
+    pixels = np.asarray(image)
+    return pixels[None] if image_channels == 1 else np.ascontiguousarray(pixels.transpose(2, 0, 1))
+
+
+def centre_crop(image: Image.Image, size: int) -> Image.Image:
+    """ADM's centre crop to size x size (SPEC 1): halve with a box filter while the short side is >= 2 size,
+    then bicubic until the short side is `size`, then cut the centre out. Smaller images are enlarged by the
+    bicubic step.
+    """  # fmt: skip
+    while min(image.size) >= 2 * size:
+        image = image.resize((image.width // 2, image.height // 2), Image.Resampling.BOX)
+    scale = size / min(image.size)
+    width, height = round(image.width * scale), round(image.height * scale)
+    _refuse_bomb((width, height))
+    image = image.resize((width, height), Image.Resampling.BICUBIC)
+    left, top = (width - size) // 2, (height - size) // 2
+    return image.crop((left, top, left + size, top + size))
+
+
+def _to_eight_bits(image: Image.Image, image_channels: int) -> Image.Image:
+    """The image upright, in mode RGB or L. Transparency is dropped, as ADM drops it; of 16 bits the upper 8
+    are kept.
+    """
+    image = ImageOps.exif_transpose(image)
+    if image.mode in _SIXTEEN_BIT_MODES:
+        values = np.asarray(image)
+        image = Image.fromarray((np.clip(values, 0, 65535).astype(np.uint16) >> 8).astype(np.uint8))
+    elif image.mode == "F":
+        raise ValueError("floating-point pixels have no known range")
+    return image.convert("L" if image_channels == 1 else "RGB")
+
+
+def _refuse_bomb(size: tuple[int, int]) -> None:
+    if size[0] * size[1] > MAX_PIXELS:
+        raise ValueError(f"{size[0]} x {size[1]} pixels are more than any photograph has")
+
+
+def _reason(error: Exception) -> str:
+    """Why an image failed, without the object addresses that Pillow puts into its messages."""
+    if isinstance(error, Image.UnidentifiedImageError):
+        return "it is not an image, or it is damaged from its first bytes on"
+    text = " ".join(str(error).split()) or type(error).__name__
+    return text.rstrip(".")
+
+
+def _walk(root: Path) -> Iterator[str]:
+    """Paths of all files below `root`, and of folders that hold nothing, these with a slash at the end."""
+    pending: list[tuple[str, tuple[tuple[int, int], ...]]] = [("", ())]
+    while pending:
+        relative, above = pending.pop()
+        folder = os.path.join(root, relative)
+        try:
+            status = os.stat(folder)
+            entries = [
+                (entry.name, entry.is_dir()) for entry in os.scandir(folder) if not is_hidden(entry.name)
+            ]
+        except OSError as error:
+            raise UserError(
+                f"Cannot read the folder '{printable(error.filename or folder)}': {error.strerror}.",
+                "Fix its permissions or remove it.",
+            ) from None
+        identity = (status.st_dev, status.st_ino)
+        if identity in above:
+            raise UserError(
+                f"The link '{printable(folder)}' leads back to a folder above it.",
+                "Remove the link: it never ends.",
+            )
+        if relative and not entries:
+            yield f"{relative}/"
+        for entry, is_folder in entries:
+            name = f"{relative}/{entry}" if relative else entry
+            if is_folder:
+                pending.append((name, (*above, identity)))
+            else:
+                yield name
