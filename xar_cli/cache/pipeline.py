@@ -21,8 +21,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from xar_cli.data.cache_file import WRITTEN
 from xar_cli.data.images import BadImageError, ImageSource, printable
-from xar_cli.data.latents import WRITTEN, LatentWriter
+from xar_cli.data.latents import LatentWriter
 from xar_cli.errors import UserError
 from xar_cli.logs import Progress
 from xar_cli.run_dir import format_bytes

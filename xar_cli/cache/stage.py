@@ -23,17 +23,17 @@ import torch
 from xar_cli.cache.lock import cache_lock
 from xar_cli.cache.pipeline import BadList, Block, encode_blocks
 from xar_cli.config import Config
-from xar_cli.data.images import CROP_RULE, ImageFolder, ImageSource, printable
-from xar_cli.data.latents import (
+from xar_cli.data.cache_file import (
     BAD,
     DTYPES,
     WRITTEN,
     CacheFile,
     CacheLayout,
-    LatentWriter,
     create_cache,
     hash_source,
 )
+from xar_cli.data.images import CROP_RULE, ImageFolder, ImageSource, printable
+from xar_cli.data.latents import LatentWriter
 from xar_cli.distributed import Ranks, pick_device
 from xar_cli.errors import UserError, did_you_mean
 from xar_cli.logs import log, progress
@@ -42,6 +42,7 @@ from xar_cli.tokenizer import Codec, load_tokenizer
 
 PIXEL_VALUES_PER_BATCH = 1 << 23  # default batch: 42 RGB images of 256 x 256
 MAX_BATCH = 256
+PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
 @dataclass(frozen=True)
@@ -52,6 +53,7 @@ class CacheSettings:
         images: folder with one subfolder per class.
         out: the cache file to make or to continue.
         tokenizer_weights: file of kl16's weights.
+        precision: arithmetic of the encoder, fp32 or bf16; pixels are always encoded in fp32.
         flip: `encode` stores the mirror image too, `none` does not.
         dtype: float16 or float32, as stored.
         max_bad: how many unusable images are left out before the work ends; None for any number.
@@ -62,6 +64,7 @@ class CacheSettings:
     images: Path
     out: Path
     tokenizer_weights: Path | None = None
+    precision: str = "fp32"
     flip: str = "encode"
     dtype: str = "float16"
     max_bad: int | None = 0
@@ -73,6 +76,7 @@ class CacheSettings:
         for name, value, choices in (
             ("--flip", self.flip, ("encode", "none")),
             ("--dtype", self.dtype, DTYPES),
+            ("--precision", self.precision, tuple(PRECISIONS)),
         ):
             if value not in choices:
                 raise UserError(f"{name} cannot be '{value}'.", did_you_mean(value, choices))
@@ -215,7 +219,10 @@ def _plan(
             f"{config.data.num_classes}.",
             f"Add --set data.num_classes={num_classes}, or choose the folder that holds the class folders.",
         )
-    codec = Codec(load_tokenizer(config, settings.tokenizer_weights, device), config.tokenizer.latent_scale)
+    codec = Codec(
+        load_tokenizer(config, settings.tokenizer_weights, device, PRECISIONS[settings.precision]),
+        config.tokenizer.latent_scale,
+    )
     labels, names = np.asarray(source.labels), [os.fsencode(name) for name in source.names]
     layout = CacheLayout(
         num_samples=len(source),
@@ -224,6 +231,7 @@ def _plan(
         dtype=settings.dtype,
         flip=settings.flip == "encode",
         tokenizer=codec.tokenizer.identity,
+        precision="fp32" if codec.tokenizer.kind == "pixels" else settings.precision,
         latent_scale=codec.latent_scale,
         image_size=config.data.image_size,
         image_channels=config.data.image_channels,

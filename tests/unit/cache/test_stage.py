@@ -10,7 +10,8 @@ from xar_cli.cache import cache_latents
 from xar_cli.cache import pipeline as pipeline_module
 from xar_cli.cache.stage import CacheSettings, plan_cache
 from xar_cli.config import load_recipe
-from xar_cli.data.latents import CacheFile, LatentReader, LatentWriter
+from xar_cli.data.cache_file import CacheFile
+from xar_cli.data.latents import LatentReader, LatentWriter
 from xar_cli.errors import UserError
 
 NUM_CLASSES, PER_CLASS = 3, 9

@@ -11,16 +11,9 @@ import numpy as np
 import pytest
 
 from xar_cli.config import load_recipe
-from xar_cli.data import latents
-from xar_cli.data.latents import (
-    CacheFile,
-    CacheLayout,
-    LatentReader,
-    LatentWriter,
-    create_cache,
-    hash_source,
-    shard_bounds,
-)
+from xar_cli.data import cache_file, latents
+from xar_cli.data.cache_file import CacheFile, CacheLayout, create_cache, hash_source, shard_bounds
+from xar_cli.data.latents import LatentReader, LatentWriter
 from xar_cli.errors import UserError
 
 N = 37
@@ -29,7 +22,8 @@ N = 37
 def make_layout(**changes) -> CacheLayout:
     values = {
         "num_samples": N, "latent_channels": 1, "grid": (8, 8), "dtype": "float16", "flip": True,
-        "tokenizer": "pixels/p1", "latent_scale": 1.0, "image_size": 8, "image_channels": 1,
+        "tokenizer": "pixels/p1", "precision": "fp32", "latent_scale": 1.0,
+        "image_size": 8, "image_channels": 1,
         "crop": "adm-centre", "source": "abc",
     }  # fmt: skip
     return CacheLayout(**{**values, **changes})
@@ -308,7 +302,7 @@ def test_a_failed_creation_leaves_nothing(tmp_path, monkeypatch):
     def full(path):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(latents, "_reserve_and_sync", full)
+    monkeypatch.setattr(cache_file, "_reserve_and_sync", full)
     with pytest.raises(OSError, match="No space"):
         make_cache(tmp_path / "latents.h5")
     assert list(tmp_path.iterdir()) == []
