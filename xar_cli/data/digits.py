@@ -1,8 +1,8 @@
-"""The UCI handwritten digits: 1,797 real 8 x 8 scans that ship inside the package, and their one fixed split.
+"""The UCI handwritten digits: 1,797 real 8 x 8 scans, shipped inside the package, and their one fixed split.
 
-Owns the table, the split and the image folders written from it. The data is shipped, not taken from scikit-learn: 46 KB
-of table do not justify that dependency, and the quickstart needs no network. Source and licence (CC BY 4.0):
-uci_digits.LICENSE.txt, beside the data.
+Owns the table, the split and the image folders written from it. The data is shipped, not taken from
+scikit-learn: 46 KB of table do not justify that dependency, and the quickstart needs no network. Source and
+licence (CC BY 4.0): uci_digits.LICENSE.txt, beside the data.
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ def split_digits() -> tuple[Digits, Digits]:
 def split_indices(labels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Indices (1500,) and (297,) of the train and held-out scans, for the labels in their original order.
 
-    RandomState is used because its stream is frozen by NumPy's promise, so that the split is the same everywhere.
+    RandomState is used because NumPy promises its stream for ever, so that the split is the same everywhere.
     """
     rng = np.random.RandomState(SPLIT_SEED)
     by_class = [rng.permutation(np.flatnonzero(labels == label)) for label in range(NUM_CLASSES)]

@@ -19,7 +19,7 @@ def test_table_is_the_uci_test_part() -> None:
     assert digits.images.shape == (1797, 8, 8)
     assert digits.images.dtype == np.uint8
     assert np.bincount(digits.labels).tolist() == [178, 182, 177, 183, 181, 182, 181, 179, 174, 180]
-    # The first scan is a zero; its top rows in the published file read 0 0 5 13 9 1 0 0 / 0 0 13 15 10 15 5 0.
+    # The first scan is a zero; these are its top rows in the published file.
     values = np.rint(digits.images[0, :2].astype(float) * 16 / 255).astype(int)
     assert values.tolist() == [[0, 0, 5, 13, 9, 1, 0, 0], [0, 0, 13, 15, 10, 15, 5, 0]]
     assert digits.labels[0] == 0
