@@ -7,6 +7,8 @@ a state that does not fit. Knows no model: what the names mean is the business o
 from __future__ import annotations
 
 import argparse
+import ctypes
+import mmap
 import pickle
 import struct
 from collections.abc import Iterable, Mapping, Sequence
@@ -89,6 +91,43 @@ def read_pickle(path: Path) -> Any:
         TypeError,
     ) as error:
         raise _damaged(path, "PyTorch file", error) from None
+
+
+def file_mappings() -> list[tuple[int, int]]:
+    """The address ranges that this process has mapped from files; empty where the system does not tell."""
+    maps = Path("/proc/self/maps")
+    if not maps.exists():
+        return []
+    ranges = []
+    for line in maps.read_text().splitlines():
+        addresses, _, _, _, inode, *_ = line.split()
+        if inode != "0":
+            start, _, end = addresses.partition("-")
+            ranges.append((int(start, 16), int(end, 16)))
+    return ranges
+
+
+def copy_and_release(target: torch.Tensor, source: torch.Tensor, mappings: Sequence[tuple[int, int]]) -> None:
+    """Copy a tensor into `target` (any device and dtype); if it is mapped from a file, let go of its pages.
+
+    So loading takes the memory of the weights and one tensor more, not the file's size on top. Nothing is
+    lost: the next look at `source` reads the file (or the system's cache of it) again.
+
+    Args:
+        target: where the values go.
+        source: a tensor of the same shape.
+        mappings: `file_mappings()`, taken after the file was opened.
+    """
+    target.copy_(source)
+    if source.device.type != "cpu" or not source.is_contiguous():
+        return
+    start, end = source.data_ptr(), source.data_ptr() + source.nbytes
+    if any(first <= start and end <= last for first, last in mappings):
+        start = -(-start // mmap.PAGESIZE) * mmap.PAGESIZE
+        end = end // mmap.PAGESIZE * mmap.PAGESIZE
+        if end > start:
+            libc = ctypes.CDLL(None)
+            libc.madvise(ctypes.c_void_p(start), ctypes.c_size_t(end - start), mmap.MADV_DONTNEED)
 
 
 def is_state(value: Any) -> bool:

@@ -23,7 +23,7 @@ def load_tokenizer(
 
     Args:
         config: the recipe.
-        weights: file of KL-16's weights (`kl16.ckpt` or safetensors); pixels need none.
+        weights: file of KL-16's weights (`kl16.ckpt` or safetensors) or its `hf://` name; pixels need none.
         device: where kl16 runs; pixels run wherever their input is.
         dtype: arithmetic of kl16; its results are float32 in any case.
 
@@ -40,7 +40,7 @@ def load_tokenizer(
     if weights is None:
         raise UserError(
             f"Recipe '{config.name}' needs the weights of the tokenizer KL-16, the file kl16.ckpt (266 MB).",
-            "Fetch it from https://huggingface.co/xwen99/mar-vae-kl16 (a mirror of MAR's) and give its path "
-            "with --tokenizer-weights.",
+            "Get it with `xar weights download kl16` or from https://huggingface.co/xwen99/mar-vae-kl16, and give "
+            "its path with --tokenizer-weights.",
         )
-    return load_kl16(Path(weights), device, dtype)
+    return load_kl16(weights, device, dtype)

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from xar_cli.config.schema import KL16_CHANNELS, KL16_STRIDE
 from xar_cli.errors import UserError
+from xar_cli.hub import local_file
 from xar_cli.tensor_files import State, check_state, is_state, read_tensor_file
 
 WIDTH = 128  # channels of the first level
@@ -61,18 +62,18 @@ class KL16:
         return tensor.to(self.device, self.dtype).contiguous(memory_format=torch.channels_last)
 
 
-def load_kl16(path: Path, device: torch.device, dtype: torch.dtype = torch.float32) -> KL16:
+def load_kl16(source: str | Path, device: torch.device, dtype: torch.dtype = torch.float32) -> KL16:
     """Read `kl16.ckpt`, or safetensors with the same or diffusers' names, and build the autoencoder.
 
     Args:
-        path: the file of weights.
+        source: the file of weights, or its `hf://` name.
         device: where the autoencoder runs.
         dtype: of its weights and arithmetic; bfloat16 is faster where the device has it.
 
     Raises:
         UserError: the file is missing, damaged, unsafe, or holds other tensors than KL-16's.
     """
-    state = read_kl16_state(path)
+    state = read_kl16_state(local_file(source))
     network = build_on_meta()
     network.load_state_dict(state, strict=True, assign=True)
     network = network.to(device, dtype).to(memory_format=torch.channels_last)
@@ -104,6 +105,11 @@ def read_kl16_state(path: Path) -> State:
         "Give kl16.ckpt, or the same weights as safetensors.",
     )
     return state
+
+
+def is_kl16(state: Mapping[str, Tensor]) -> bool:
+    """Whether a state dict is this tokenizer's, by the names that only it has."""
+    return "post_quant_conv.weight" in state
 
 
 def identity_of(state: Mapping[str, Tensor]) -> str:

@@ -1,0 +1,200 @@
+"""Files on the Hugging Face hub: named `hf://owner/repo/file[@revision]`, fetched into the hub's own cache.
+
+Owns: reading such names, fetching one file, the table of published weights, uploading. Where the cache lies,
+which server is asked and whether it is asked at all is huggingface-hub's business: HF_HOME, HF_ENDPOINT,
+HF_HUB_OFFLINE. A file is fetched only where a person names it; nothing is fetched by default.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from xar_cli.errors import UserError
+
+_NAME = re.compile(r"hf:/{1,2}(?P<repo>[^/@]+/[^/@]+)/(?P<file>[^@]+)(?:@(?P<revision>.+))?")
+_SHA256 = re.compile(r"[0-9a-f]{64}")
+
+
+@dataclass(frozen=True)
+class HubFile:
+    """One file in a repository on the hub.
+
+    Attributes:
+        repo: `owner/name`.
+        filename: path inside the repository.
+        revision: branch, tag or commit; None for the main branch.
+    """
+
+    repo: str
+    filename: str
+    revision: str | None = None
+
+    def __str__(self) -> str:
+        return f"hf://{self.repo}/{self.filename}" + (f"@{self.revision}" if self.revision else "")
+
+
+@dataclass(frozen=True)
+class PublishedFile:
+    """Weights that others have published, as `xar weights download NAME` offers them.
+
+    Attributes:
+        file: where they lie.
+        megabytes: about how large they are, from the number of parameters.
+        licence: what is known of the terms.
+        sha256: of the file, where a trusted source states it; else the hub's own record is compared.
+    """
+
+    file: HubFile
+    megabytes: int
+    licence: str
+    sha256: str | None = None
+
+
+_NO_LICENCE = "none stated: the authors published neither code nor weights under a licence"
+
+PUBLISHED = {
+    "base": PublishedFile(HubFile("OliverRen/xAR", "xAR-B.pth"), 691, _NO_LICENCE),
+    "large": PublishedFile(HubFile("OliverRen/xAR", "xAR-L.pth"), 2434, _NO_LICENCE),
+    "huge": PublishedFile(HubFile("OliverRen/xAR", "xAR-H.pth"), 4744, _NO_LICENCE),
+    "kl16": PublishedFile(
+        HubFile("xwen99/mar-vae-kl16", "kl16.ckpt"), 266, "see the repository: a mirror of MAR's file"
+    ),
+}
+
+
+def parse_hub_name(source: str | Path) -> HubFile | None:
+    """The file that `hf://owner/repo/file[@revision]` names; None for anything that does not begin with
+    `hf:/`.
+
+    A name that went through `Path` and lost a slash is understood too.
+
+    Raises:
+        UserError: it begins like a hub name but is none.
+    """
+    text = str(source)
+    if not text.startswith("hf:/"):
+        return None
+    match = _NAME.fullmatch(text)
+    if match is None:
+        raise UserError(
+            f"'{text}' is not a file on the hub.",
+            "Write it as hf://owner/repo/file, with @revision if need be.",
+        )
+    return HubFile(match["repo"], match["file"], match["revision"])
+
+
+def local_file(source: str | Path) -> Path:
+    """The local path of a source: a path as it is, a hub name after fetching it (or from the cache).
+
+    Raises:
+        UserError: the hub does not have it, refuses it, or cannot be reached and the cache has no copy.
+    """
+    file = parse_hub_name(source)
+    return Path(source) if file is None else fetch(file)
+
+
+def fetch(file: HubFile) -> Path:
+    """Fetch a file into the hub's cache, or find it there; raises UserError as `local_file` does."""
+    from huggingface_hub import hf_hub_download
+
+    with _hub_errors(str(file)):
+        return Path(hf_hub_download(file.repo, file.filename, revision=file.revision))
+
+
+def remote_facts(file: HubFile) -> tuple[int | None, str | None]:
+    """Size in bytes and sha256 that the hub records for a file (None where it records none)."""
+    from huggingface_hub import get_hf_file_metadata, hf_hub_url
+
+    with _hub_errors(str(file)):
+        facts = get_hf_file_metadata(hf_hub_url(file.repo, file.filename, revision=file.revision))
+    etag = facts.etag or ""
+    return facts.size, etag if _SHA256.fullmatch(etag) else None
+
+
+def check_sha256(path: Path, expected: str) -> None:
+    """Raise a UserError (exit code 1) unless the file has the expected sha256."""
+    found = sha256_of(path)
+    if found != expected:
+        raise UserError(
+            f"'{path}' is damaged: its sha256 is {found}, not {expected}.",
+            "Remove the file and fetch it again.",
+            exit_code=1,
+        )
+
+
+def sha256_of(path: Path) -> str:
+    """The sha256 of a file's bytes, as `sha256sum` prints it."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(1 << 22):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def upload(folder: Path, repo: str, private: bool, message: str) -> str:
+    """Put a folder's files in a model repository, made where it does not exist; returns its address."""
+    from huggingface_hub import HfApi
+
+    api = HfApi()
+    with _hub_errors(f"hf://{repo}"):
+        address = api.create_repo(repo, private=private, exist_ok=True)
+        api.upload_folder(repo_id=repo, folder_path=folder, commit_message=message)
+    return str(address)
+
+
+@contextmanager
+def _hub_errors(what: str) -> Iterator[None]:
+    """Turn what huggingface-hub raises into sentences."""
+    from huggingface_hub.utils import (
+        EntryNotFoundError,
+        GatedRepoError,
+        HfHubHTTPError,
+        HFValidationError,
+        LocalEntryNotFoundError,
+        OfflineModeIsEnabled,
+        RepositoryNotFoundError,
+        RevisionNotFoundError,
+    )
+
+    try:
+        yield
+    except GatedRepoError:
+        raise UserError(
+            f"'{what}' is behind a gate on the hub.",
+            "Ask for access on its page, then log in with `hf auth login`.",
+        ) from None
+    except RepositoryNotFoundError:
+        raise UserError(
+            f"The hub has no repository for '{what}', or it is private.",
+            "Check the spelling, or log in with `hf auth login`.",
+        ) from None
+    except RevisionNotFoundError:
+        raise UserError(
+            f"The hub has no such revision: '{what}'.", "Check what stands after the @."
+        ) from None
+    except (LocalEntryNotFoundError, OfflineModeIsEnabled):
+        raise UserError(
+            f"'{what}' is not in the local cache and the hub cannot be reached (or HF_HUB_OFFLINE is set).",
+            "Check the connection, or fetch the file elsewhere and give its path.",
+            exit_code=1,
+        ) from None
+    except EntryNotFoundError:
+        raise UserError(
+            f"The repository has no such file: '{what}'.", "Check the file name on its page."
+        ) from None
+    except HFValidationError as error:
+        raise UserError(
+            f"'{what}' is not a valid name on the hub: {error}.", "Write it as owner/name."
+        ) from None
+    except (HfHubHTTPError, OSError) as error:
+        line = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise UserError(
+            f"The exchange with the hub about '{what}' failed: {line}.",
+            "Try again; for an upload check that you are logged in (`hf auth login`) and may write there.",
+            exit_code=1,
+        ) from None
