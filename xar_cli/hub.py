@@ -17,6 +17,7 @@ from pathlib import Path
 from xar_cli.errors import UserError
 
 _NAME = re.compile(r"hf:/{1,2}(?P<repo>[^/@]+/[^/@]+)/(?P<file>[^@]+)(?:@(?P<revision>.+))?")
+_REPO = re.compile(r"[\w.-]+/[\w.-]+")
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 
 
@@ -134,6 +135,12 @@ def sha256_of(path: Path) -> str:
         while block := file.read(1 << 22):
             digest.update(block)
     return digest.hexdigest()
+
+
+def require_repo_name(repo: str) -> None:
+    """Raise a UserError unless `repo` has the form owner/name."""
+    if not _REPO.fullmatch(repo):
+        raise UserError(f"'{repo}' is not a repository on the hub.", "Write it as owner/name.")
 
 
 def upload(folder: Path, repo: str, private: bool, message: str) -> str:

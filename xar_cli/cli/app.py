@@ -12,7 +12,7 @@ import click
 import typer
 
 from xar_cli import __version__
-from xar_cli.cli import cache_latents, fid, quickstart, recipes, sample, train
+from xar_cli.cli import cache_latents, fid, quickstart, recipes, sample, train, weights
 from xar_cli.errors import UserError
 
 app = typer.Typer(
@@ -28,6 +28,7 @@ app.command("train")(train.train)
 app.command("sample")(sample.sample)
 app.add_typer(fid.app, name="fid")
 app.add_typer(recipes.app, name="recipes")
+app.add_typer(weights.app, name="weights")
 
 
 def _print_version(wanted: bool) -> None:
@@ -39,7 +40,10 @@ def _print_version(wanted: bool) -> None:
 @app.callback()
 def _root(
     version: Annotated[
-        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and leave.")
+        bool,
+        typer.Option(
+            "--version", callback=_print_version, is_eager=True, help="Print the version and leave."
+        ),
     ] = False,
 ) -> None:
     """Options of `xar` itself."""

@@ -12,6 +12,7 @@ import hashlib
 import re
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -86,18 +87,21 @@ def build_on_meta() -> AutoencoderKL:
         return AutoencoderKL()
 
 
-def read_kl16_state(path: Path) -> State:
-    """The weights in a file under the names of `kl16.ckpt`; raises UserError as `load_kl16` does."""
-    content, _ = read_tensor_file(path)
-    if isinstance(content, Mapping) and is_state(content.get("model")):
-        content = content["model"]
-    if not is_state(content):
+def read_kl16_state(path: Path, content: Any = None) -> State:
+    """The weights in a file under the names of `kl16.ckpt`; raises UserError as `load_kl16` does.
+
+    Args:
+        path: the file.
+        content: what `read_tensor_file` gave for it, where that is at hand.
+    """
+    state = _state_in(read_tensor_file(path)[0] if content is None else content)
+    if not is_state(state):
         raise UserError(
             f"'{path}' holds no weights: neither a state dict nor one under 'model'.",
             "Give kl16.ckpt, or the same weights as safetensors.",
         )
     expected = {name: tensor.shape for name, tensor in build_on_meta().state_dict().items()}
-    state = from_diffusers(content, expected) if "encoder.conv_norm_out.weight" in content else dict(content)
+    state = from_diffusers(state, expected) if "encoder.conv_norm_out.weight" in state else dict(state)
     check_state(
         state,
         expected,
@@ -107,9 +111,15 @@ def read_kl16_state(path: Path) -> State:
     return state
 
 
-def is_kl16(state: Mapping[str, Tensor]) -> bool:
-    """Whether a state dict is this tokenizer's, by the names that only it has."""
-    return "post_quant_conv.weight" in state
+def is_kl16(state: Any) -> bool:
+    """Whether what a file holds is this tokenizer's weights, by a name that only it has."""
+    state = _state_in(state)
+    return is_state(state) and "post_quant_conv.weight" in state
+
+
+def _state_in(content: Any) -> Any:
+    """The state dict in what a file holds: under 'model', as in kl16.ckpt, or the whole of it."""
+    return content.get("model", content) if isinstance(content, Mapping) else content
 
 
 def identity_of(state: Mapping[str, Tensor]) -> str:

@@ -8,8 +8,8 @@ loading with the memory of the weights alone. Names are published.py's business,
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
@@ -34,16 +34,16 @@ FORMAT = "xar-weights"  # value of the metadata key "xar_format" in our exports
 VERSION = "1"
 
 
-@dataclass(frozen=True)
-class WeightsFile:
-    """One set of weights, opened and checked: its tensors are mapped from disk, not yet in memory.
+@dataclass(frozen=True, kw_only=True)
+class FoundWeights:
+    """One set of weights, found but not yet matched with a recipe: its tensors are mapped from disk.
 
     Attributes:
         source: as it was given.
         path: the file that holds the tensors.
         layout: `published` names, or `xar`: the names of our network.
         kind: the average of the weights over training, the weights themselves, or not stated by the file.
-        config: the recipe: asked for, or stated by the file or its run, or found by shape.
+        stored: the recipe that the file or its run carries, if any.
         state: the tensors.
         epoch: of training, where the source tells.
         step: of the optimizer, where the source tells.
@@ -54,7 +54,7 @@ class WeightsFile:
     path: Path
     layout: Layout
     kind: Kind
-    config: Config
+    stored: Config | None
     state: Mapping[str, Tensor] = field(repr=False)
     epoch: int | None = None
     step: int | None = None
@@ -66,10 +66,26 @@ class WeightsFile:
         return sha256_of(self.path)
 
     @property
+    def network(self) -> dict[str, int]:
+        """Width, depth, tokens, channels and classes, as the shapes tell them."""
+        return network_of_state(self.state, self.layout)
+
+    @property
     def dtypes(self) -> list[str]:
         """The dtypes that occur among the parameters, in alphabetical order."""
         found = {tensor.dtype for name, tensor in self.state.items() if not is_derived(name)}
         return sorted(str(dtype).removeprefix("torch.") for dtype in found)
+
+
+@dataclass(frozen=True, kw_only=True)
+class WeightsFile(FoundWeights):
+    """Weights with their recipe; every name and shape has been checked against it.
+
+    Attributes:
+        config: the recipe: the one asked for, or stored with the weights, or found by shape.
+    """
+
+    config: Config
 
     def load(self, device: torch.device | str, dtype: torch.dtype = torch.float32) -> XAR:
         """The network with these weights, in eval mode.
@@ -129,22 +145,33 @@ def open_weights(source: str | Path, config: Config | None = None, *, ema: bool 
         the set
             that was asked for.
     """
-    path = local_file(source)
+    found = find_weights(source, ema=ema)
     name = f"'{source}'"
+    if found.stored is not None and config is not None:
+        require_same_network(found.stored, config, name)
+    fitting = require_fit(found.network, config or found.stored, name)
+    (check_published if found.layout == "published" else check_ours)(found.state, fitting, name)
+    return WeightsFile(config=fitting, **{item.name: getattr(found, item.name) for item in fields(found)})
+
+
+def find_weights(source: str | Path, *, ema: bool = True) -> FoundWeights:
+    """Open a source of weights and recognise it, whatever network it is of; errors as `open_weights`."""
+    path = local_file(source)
     if (path / STATE_FILE).is_file():
-        return _open_checkpoint(str(source), path, config, ema)
+        return _find_in_checkpoint(str(source), path, ema)
     if path.is_dir():
-        return _open_checkpoint(str(source), require_checkpoint(RunDir(path)).folder, config, ema)
+        return _find_in_checkpoint(str(source), require_checkpoint(RunDir(path)).folder, ema)
     if (path.parent / STATE_FILE).is_file():
-        return _open_group(str(source), path, config)
+        return _find_group(str(source), path)
     content, metadata = read_tensor_file(path)
     if metadata.get("xar_format") == FORMAT:
-        weights = _open_export(str(source), path, config, content, metadata)
-        if not ema and weights.kind != "raw":
-            raise UserError(f"{name} does not hold raw weights.", "Leave --raw away.")
-        return weights
+        return _find_export(str(source), path, content, metadata, ema)
+    name = f"'{source}'"
     state, kind, epoch = _choose_set(content, ema, name)
-    return _checked(str(source), path, config, state, kind, epoch=epoch)
+    layout = layout_of(state, name)
+    return FoundWeights(
+        source=str(source), path=path, layout=layout, kind=kind, stored=None, state=state, epoch=epoch
+    )
 
 
 def _choose_set(content: Any, ema: bool, name: str) -> tuple[Mapping[str, Tensor], Kind, int | None]:
@@ -168,80 +195,56 @@ def _choose_set(content: Any, ema: bool, name: str) -> tuple[Mapping[str, Tensor
     )
 
 
-def _open_checkpoint(source: str, folder: Path, config: Config | None, ema: bool) -> WeightsFile:
+def _find_in_checkpoint(source: str, folder: Path, ema: bool) -> FoundWeights:
     """The weights in a checkpoint folder of one of our runs: the recipe's first average, or the raw ones."""
     files = list(_read_json(folder / STATE_FILE)["files"])
     wanted = [file for file in files if file.startswith("ema-")] if ema else ["model.safetensors"]
     if not wanted or wanted[0] not in files:
-        raise UserError(
-            f"The checkpoint '{folder}' has no {'averaged' if ema else 'raw'} weights.",
-            "Check that it is whole.",
-        )
-    return _open_group(source, folder / wanted[0], config)
+        kind = "averaged" if ema else "raw"
+        raise UserError(f"The checkpoint '{folder}' has no {kind} weights.", "Check that it is whole.")
+    return _find_group(source, folder / wanted[0])
 
 
-def _open_group(source: str, path: Path, config: Config | None) -> WeightsFile:
+def _find_group(source: str, path: Path) -> FoundWeights:
     """One tensor group of a checkpoint `RUN/checkpoints/step-...`: its raw weights or an average."""
     run = RunDir(path.resolve().parent.parent.parent).require()
-    stored = load_config_file(run.config)
-    if config is not None:
-        require_same_network(stored, config, f"'{source}'")
     content, _ = read_tensor_file(path)
-    return _checked(
-        source,
-        path,
-        config or stored,
-        content,
-        "raw" if path.stem == "model" else "ema",
+    return FoundWeights(
+        source=source,
+        path=path,
+        layout=layout_of(content, f"'{source}'"),
+        kind="raw" if path.stem == "model" else "ema",
+        stored=load_config_file(run.config),
+        state=content,
         step=_read_json(path.parent / STATE_FILE)["step"],
-        class_names=_read_json(run.identity).get("class_names", ()),
+        class_names=tuple(_read_json(run.identity).get("class_names", ())),
     )
 
 
-def _open_export(
-    source: str, path: Path, config: Config | None, state: State, metadata: Mapping[str, str]
-) -> WeightsFile:
-    """A file that `save_export` wrote."""
+def _find_export(
+    source: str, path: Path, state: State, metadata: Mapping[str, str], ema: bool
+) -> FoundWeights:
+    """A file that `export_weights` wrote."""
     name = f"'{source}'"
     if metadata.get("version") != VERSION:
         raise UserError(
             f"{name} has version {metadata.get('version')} of our format; this program reads {VERSION}.",
             "Use a newer xar.",
         )
-    stored = validate(json.loads(metadata["recipe"]), f"The recipe inside {name}")
-    if config is not None:
-        require_same_network(stored, config, name)
-    kind: Kind = (
-        "ema" if metadata.get("kind") == "ema" else "raw" if metadata.get("kind") == "raw" else "unstated"
+    kind = metadata["kind"]
+    if not ema and kind != "raw":
+        raise UserError(f"{name} does not hold raw weights.", "Leave --raw away.")
+    return FoundWeights(
+        source=source,
+        path=path,
+        layout=layout_of(state, name),
+        kind="ema" if kind == "ema" else "raw" if kind == "raw" else "unstated",
+        stored=validate(json.loads(metadata["recipe"]), f"The recipe inside {name}"),
+        state=state,
+        epoch=int(metadata["epoch"]) if "epoch" in metadata else None,
+        step=int(metadata["step"]) if "step" in metadata else None,
+        class_names=tuple(json.loads(metadata["class_names"])),
     )
-    facts = {key: int(metadata[key]) for key in ("epoch", "step") if key in metadata}
-    return _checked(
-        source,
-        path,
-        config or stored,
-        state,
-        kind,
-        class_names=json.loads(metadata.get("class_names", "[]")),
-        **facts,
-    )
-
-
-def _checked(
-    source: str,
-    path: Path,
-    config: Config | None,
-    state: Mapping[str, Tensor],
-    kind: Kind,
-    epoch: int | None = None,
-    step: int | None = None,
-    class_names: Sequence[str] = (),
-) -> WeightsFile:
-    """Match a state dict with its recipe and check every name and shape."""
-    name = f"'{source}'"
-    layout = layout_of(state, name)
-    fitting = require_fit(network_of_state(state, layout), config, name)
-    (check_published if layout == "published" else check_ours)(state, fitting, name)
-    return WeightsFile(source, path, layout, kind, fitting, state, epoch, step, tuple(class_names))
 
 
 def _read_json(path: Path) -> dict[str, Any]:

@@ -191,7 +191,7 @@ def to_published(state: Mapping[str, Tensor], config: Config) -> State:
             ordered["mask"] = buffers["mask"]
         if name.endswith(".attn.proj.bias"):
             prefix = name.removesuffix("proj.bias")
-            ordered.update({prefix + key: buffers[key] for key in _ROPE_BUFFERS})
+            ordered.update({prefix + key: buffers[key].clone() for key in _ROPE_BUFFERS})
     return ordered
 
 

@@ -1,0 +1,130 @@
+"""A folder to push to the hub: the weights with their recipe inside, the recipe as YAML, and a model card."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from xar_cli.config.recipes import dump_config
+from xar_cli.errors import UserError
+from xar_cli.weights.export import export_weights
+from xar_cli.weights.files import WeightsFile
+from xar_cli.weights.info import num_parameters
+
+WEIGHTS_NAME = "model.safetensors"
+_REQUIRED = ("protocol", "reference", "count")  # a number without these is not reported
+_NOT_RESULTS = ("count", "reference_count", "seconds", "seed")
+
+
+def write_model_folder(
+    weights: WeightsFile, repo: str, results: Sequence[Mapping[str, Any]], licence: str | None, folder: Path
+) -> None:
+    """Write what `xar weights push` uploads: model.safetensors, recipe.yaml and README.md."""
+    export_weights(weights, folder / WEIGHTS_NAME)
+    (folder / "recipe.yaml").write_text(dump_config(weights.config), encoding="utf-8")
+    (folder / "README.md").write_text(model_card(weights, repo, results, licence), encoding="utf-8")
+
+
+def read_results(path: Path) -> dict[str, Any]:
+    """What `xar fid --json` printed, from a file.
+
+    Raises:
+        UserError: not JSON, or without protocol, reference and count.
+    """
+    try:
+        result = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(
+            f"Cannot read the results '{path}': {error}.", "Give a file with the output of `xar fid --json`."
+        ) from None
+    missing = [key for key in _REQUIRED if not isinstance(result, dict) or key not in result]
+    if missing:
+        raise UserError(
+            f"The results '{path}' do not say their {', '.join(missing)}.",
+            "Give a file with the output of `xar fid --json`.",
+        )
+    return result
+
+
+def model_card(
+    weights: WeightsFile, repo: str, results: Sequence[Mapping[str, Any]], licence: str | None
+) -> str:
+    """The README.md of a repository on the hub: what the model is, how to use it, how good it is."""
+    config = weights.config
+    parameters = num_parameters(config) / 1e6
+    source = f"hf://{repo}/{WEIGHTS_NAME}"
+    tokenizer = " --tokenizer-weights kl16.ckpt" if config.tokenizer.kind == "kl16" else ""
+    taken = [
+        f"{key} {value}"
+        for key, value in (("epoch", weights.epoch), ("step", weights.step))
+        if value is not None
+    ]
+    entity = ", ".join(str(value) for value in config.entity.model_dump().values())
+    front = [
+        "---",
+        "library_name: xar",
+        "tags: [xar, image-generation, autoregressive, flow-matching]",
+        *([f"license: {licence}"] if licence else []),
+        "---",
+    ]
+    body = [
+        f"# {repo.partition('/')[2]}",
+        "",
+        f"An xAR image generator (arXiv 2502.20388), trained with `xar` on {config.data.dataset}: "
+        f"{parameters:.1f} M parameters, {config.data.image_size} x {config.data.image_size} pixels, "
+        f"{config.data.num_classes} classes, recipe `{config.name}`, entity {entity}.",
+        f"The weights are {_KINDS[weights.kind]}" + (f", taken at {', '.join(taken)}." if taken else "."),
+        "",
+        "## Use",
+        "```",
+        f"xar sample --weights {source}{tokenizer} --labels 0 --count 16 --out samples",
+        f"xar weights info {source}",
+        "```",
+        f"The recipe stands in `recipe.yaml` and inside `{WEIGHTS_NAME}`. "
+        f"Its sampler: {config.sample.solver}, {config.sample.num_steps} steps, "
+        f"guidance {config.sample.guidance_scale:g}.",
+        "",
+        "## Results",
+        *_results_table(results),
+    ]
+    if config.published is not None and config.published.fid is not None:
+        body += [
+            "",
+            f"For comparison, the paper's own model of this recipe: FID {config.published.fid} "
+            f"({config.published.source}). That is not a result of these weights.",
+        ]
+    return "\n".join([*front, *body]) + "\n"
+
+
+_KINDS = {
+    "ema": "the average over training (EMA)",
+    "raw": "the raw ones, not averaged",
+    "unstated": "as published by their authors",
+}
+
+
+def _results_table(results: Sequence[Mapping[str, Any]]) -> list[str]:
+    if not results:
+        return ["Not measured yet."]
+    rows = ["| metric | value | protocol | images | reference |", "|---|---|---|---|---|"]
+    for result in results:
+        where = f"{result['protocol']} | {result['count']} | {result['reference']}"
+        rows += [
+            f"| {name} | {value:.4g} | {where} |"
+            for name, value in _numbers(result)
+            if name not in _NOT_RESULTS
+        ]
+    return rows
+
+
+def _numbers(values: Mapping[str, Any], prefix: str = "") -> list[tuple[str, float]]:
+    """Every number in a nested record, by its dotted name."""
+    found: list[tuple[str, float]] = []
+    for key, value in values.items():
+        if isinstance(value, Mapping):
+            found += _numbers(value, f"{prefix}{key}.")
+        elif isinstance(value, (int, float)) and not isinstance(value, bool):
+            found.append((prefix + key, float(value)))
+    return found
