@@ -1,4 +1,4 @@
-"""One job per cache: an advisory lock beside the file, which the system lets go of when its holder dies."""
+"""One job per cache: an advisory lock beside the file, which the system lets go of when its holders die."""
 
 from __future__ import annotations
 
@@ -7,8 +7,6 @@ import json
 import os
 import socket
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 from xar_cli.errors import UserError
@@ -19,45 +17,62 @@ try:
 except ImportError:  # pragma: no cover - not POSIX
     fcntl = None  # type: ignore[assignment]
 
+_NOT_SUPPORTED = (errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS)
 
-@contextmanager
-def cache_lock(path: Path) -> Iterator[None]:
-    """Hold the sole right to write the cache at `path`.
 
-    The lock is the file `.<name>.lock` beside the cache; it names its holder and lies free once the holder is
-    gone, also after kill -9.
+class CacheLock:
+    """The right to write a cache: a lock on the file `.<name>.lock` beside it, free again when all holders
+    are gone, also after kill -9.
 
-    Raises:
-        UserError: another process holds it; the text names that process.
-    """
-    lock_path = path.with_name(f".{path.name}.lock")
-    descriptor = os.open(lock_path, os.O_RDWR | os.O_CREAT, 0o666)
-    try:
-        if fcntl is not None:
-            try:
-                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                raise UserError(
-                    f"The latent cache '{path}' is being written by {_holder(descriptor)}.",
-                    "Wait for it or stop it; then run the command again.",
-                ) from None
-            except OSError as error:
-                if error.errno not in (errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS):
-                    raise
-                log.warning(
-                    f"'{path.parent}' cannot lock files: take care that no second process writes this cache"
-                )
+    The first process of a job takes it alone, and then shares it with its other ranks.
+
+    Args:
+        path: the cache file; its folder must be there.
+    """  # fmt: skip
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._descriptor = os.open(path.with_name(f".{path.name}.lock"), os.O_RDWR | os.O_CREAT, 0o666)
+
+    def take(self) -> None:
+        """Hold the lock alone, and write down who holds it; raises a UserError that names another holder."""
+        self._lock(alone=True)
         me = {"pid": os.getpid(), "host": socket.gethostname(), "since": time.strftime("%Y-%m-%d %H:%M:%S")}
-        os.ftruncate(descriptor, 0)
-        os.pwrite(descriptor, json.dumps(me).encode(), 0)
-        yield
-    finally:
-        os.close(descriptor)
+        os.ftruncate(self._descriptor, 0)
+        os.pwrite(self._descriptor, json.dumps(me).encode(), 0)
 
+    def share(self) -> None:
+        """Hold the lock together with the other ranks of the job; raises a UserError as `take`."""
+        self._lock(alone=False)
 
-def _holder(descriptor: int) -> str:
-    try:
-        value = json.loads(os.pread(descriptor, 4096, 0))
-        return f"process {value['pid']} on {value['host']}, since {value['since']}"
-    except (ValueError, KeyError, TypeError):
-        return "another process"
+    def close(self) -> None:
+        """Let go of it."""
+        os.close(self._descriptor)
+
+    def __enter__(self) -> CacheLock:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def _lock(self, alone: bool) -> None:
+        if fcntl is None:
+            return
+        try:
+            fcntl.flock(self._descriptor, (fcntl.LOCK_EX if alone else fcntl.LOCK_SH) | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError(
+                f"The latent cache '{self.path}' is being written by {self._holder()}.",
+                "Wait for it or stop it; then run the command again.",
+            ) from None
+        except OSError as error:
+            if error.errno not in _NOT_SUPPORTED:
+                raise
+            log.warning(f"no file can be locked in '{self.path.parent}': start no second job on this cache")
+
+    def _holder(self) -> str:
+        try:
+            value = json.loads(os.pread(self._descriptor, 4096, 0))
+            return f"process {value['pid']} on {value['host']}, since {value['since']}"
+        except (ValueError, KeyError, TypeError):
+            return "another process"

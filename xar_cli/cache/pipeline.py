@@ -1,5 +1,4 @@
-"""Images to moments at the encoder's speed: threads decode ahead, the caller's thread encodes, another thread
-writes.
+"""Rows at the encoder's speed: threads load ahead, the caller's thread encodes, another thread writes.
 
 Owns the flow of work and the count of bad images. Which blocks there are to do, and the files, are the
 stage's.
@@ -18,16 +17,15 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-import torch
 from torch import Tensor
 
+from xar_cli.cache.jobs import Job
 from xar_cli.data.cache_file import WRITTEN
-from xar_cli.data.images import BadImageError, ImageSource, printable
+from xar_cli.data.images import BadImageError, printable
 from xar_cli.data.latents import LatentWriter
 from xar_cli.errors import UserError
 from xar_cli.logs import Progress
 from xar_cli.run_dir import format_bytes
-from xar_cli.tokenizer.codec import Codec
 
 BLOCKS_AHEAD = 3  # decoded blocks waiting for the encoder: more only takes memory
 COMMIT_ROWS = 1024  # a kill loses no more finished work than this,
@@ -77,48 +75,30 @@ class BadList:
 
 
 def encode_blocks(
-    source: ImageSource,
-    blocks: Sequence[Block],
-    codec: Codec,
-    writer: LatentWriter,
-    bad: BadList,
-    display: Progress,
-    device: torch.device,
-    workers: int,
+    job: Job, blocks: Sequence[Block], writer: LatentWriter, bad: BadList, display: Progress, workers: int
 ) -> None:
-    """Encode and store all missing rows of some blocks.
+    """Make and store all missing rows of some blocks.
 
-    A block is always encoded whole, its stored and bad rows too, since a row's last bits may depend on the
+    A block is always made whole, its stored and bad rows too, since a row's last bits may depend on the
     batch.
 
     Raises:
-        UserError: more bad images than allowed (exit code 1); what was made is stored.
+        UserError: more bad images than allowed, or moments that are not finite (exit code 1); what was made
+            is stored.
         OSError: the disk failed; what was committed is stored.
     """
-    image_size, channels = writer.layout.image_size, codec.tokenizer.image_channels
     store = _Store(writer, display, bad)
     try:
-        for block, loaded in _decode_ahead(source, blocks, image_size, channels, workers):
-            images, failures = _collect(loaded, image_size, channels)
-            excess = None
+        for block, loaded in _load_ahead(job, blocks, workers):
+            items, failures = _collect(job, loaded)
             for i, error in failures.items():
-                if bad.add(block.start + i, error):
-                    store.put_bad(block.start + i)
-                else:
-                    excess = error
-                    break
-            if excess:
-                raise bad.too_many(excess)
+                if not bad.add(block.start + i, error):
+                    raise bad.too_many(error)
+                store.put_bad(block.start + i)
             done = writer.states[block.start : block.stop] == WRITTEN
             keep = np.flatnonzero(~done & ~np.isin(np.arange(len(done)), list(failures)))
             if len(keep):
-                tensor = torch.from_numpy(images)
-                if device.type == "cuda":
-                    tensor = tensor.pin_memory().to(device, non_blocking=True)
-                moments = [codec.moments(tensor)]
-                if writer.layout.flip:
-                    moments.append(codec.moments(tensor.flip(-1)))
-                store.put(block.start + keep, keep, moments)
+                store.put(block.start + keep, keep, job.encode(items))
             store.raise_if_failed()
     finally:
         store.close()
@@ -177,22 +157,28 @@ class _Store:
             self._writer.mark_bad(item)
             return 1
         rows, keep, moments = item
-        self._writer.write(rows, *(tensor.float().cpu().numpy()[keep] for tensor in moments))
+        arrays = [tensor.float().cpu().numpy()[keep] for tensor in moments]
+        if not all(np.isfinite(array).all() for array in arrays):
+            raise UserError(
+                f"The tokenizer gives moments that are not finite for the images {rows[0]} to {rows[-1]}.",
+                "Check its weights; with --precision bf16, try fp32.",
+                exit_code=1,
+            )
+        self._writer.write(rows, *arrays)
         notes = {"written": format_bytes(self._writer.bytes_written), "failed": self._bad.count}
         self._display.update(len(rows), **notes)
         return len(rows)
 
 
-def _decode_ahead(
-    source: ImageSource, blocks: Iterable[Block], image_size: int, channels: int, workers: int
+def _load_ahead(
+    job: Job, blocks: Iterable[Block], workers: int
 ) -> Iterator[tuple[Block, list[Future[np.ndarray]]]]:
-    """Every block with its images being decoded, a few blocks ahead of the one in use."""
+    """Every block with its items being loaded, a few blocks ahead of the one in use."""
     waiting: deque[tuple[Block, list[Future[np.ndarray]]]] = deque()
     pool = ThreadPoolExecutor(workers, thread_name_prefix="decode")
     try:
         for block in blocks:
-            rows = range(block.start, block.stop)
-            waiting.append((block, [pool.submit(source.load, row, image_size, channels) for row in rows]))
+            waiting.append((block, [pool.submit(job.load, row) for row in range(block.start, block.stop)]))
             if len(waiting) > BLOCKS_AHEAD:
                 yield waiting.popleft()
         while waiting:
@@ -201,15 +187,13 @@ def _decode_ahead(
         pool.shutdown(wait=True, cancel_futures=True)
 
 
-def _collect(
-    loaded: list[Future[np.ndarray]], image_size: int, channels: int
-) -> tuple[np.ndarray, dict[int, BadImageError]]:
-    """The images of a block, uint8 (B, channels, S, S), black where one failed, and the failures."""
-    images = np.zeros((len(loaded), channels, image_size, image_size), np.uint8)
+def _collect(job: Job, loaded: list[Future[np.ndarray]]) -> tuple[np.ndarray, dict[int, BadImageError]]:
+    """The items of a block, (B, *item_shape), zeros where one failed, and the failures."""
+    items = np.zeros((len(loaded), *job.item_shape), job.item_dtype)
     failures = {}
     for i, future in enumerate(loaded):
         try:
-            images[i] = future.result()
+            items[i] = future.result()
         except BadImageError as error:
             failures[i] = error
-    return images, failures
+    return items, failures

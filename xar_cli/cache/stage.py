@@ -11,7 +11,7 @@ import signal
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from types import FrameType
@@ -20,7 +20,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from xar_cli.cache.lock import cache_lock
+from xar_cli.cache.jobs import ConvertMar, EncodeImages, Job, open_images
+from xar_cli.cache.lock import CacheLock
 from xar_cli.cache.pipeline import BadList, Block, encode_blocks
 from xar_cli.config import Config
 from xar_cli.data.cache_file import (
@@ -32,16 +33,18 @@ from xar_cli.data.cache_file import (
     create_cache,
     hash_source,
 )
-from xar_cli.data.images import CROP_RULE, ImageFolder, ImageSource, printable
+from xar_cli.data.imagenet import class_title
+from xar_cli.data.images import CROP_RULE, printable
 from xar_cli.data.latents import LatentWriter
 from xar_cli.distributed import Ranks, pick_device
 from xar_cli.errors import UserError, did_you_mean
 from xar_cli.logs import log, progress
-from xar_cli.run_dir import format_bytes, require_writable
+from xar_cli.run_dir import require_writable
 from xar_cli.tokenizer import Codec, load_tokenizer
 
 PIXEL_VALUES_PER_BATCH = 1 << 23  # default batch: 42 RGB images of 256 x 256
 MAX_BATCH = 256
+MAR_TOKENIZER = "kl16:mar"  # MAR's cache does not say which file of weights made it
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
@@ -50,8 +53,9 @@ class CacheSettings:
     """What a person chooses for a cache, beside the recipe.
 
     Attributes:
-        images: folder with one subfolder per class.
+        images: folder with one subfolder per class, or a `.tar` or `.zip` of one.
         out: the cache file to make or to continue.
+        from_mar: `images` is a cache of MAR, to be taken over without encoding.
         tokenizer_weights: file of kl16's weights.
         precision: arithmetic of the encoder, fp32 or bf16; pixels are always encoded in fp32.
         flip: `encode` stores the mirror image too, `none` does not.
@@ -63,6 +67,7 @@ class CacheSettings:
 
     images: Path
     out: Path
+    from_mar: bool = False
     tokenizer_weights: Path | None = None
     precision: str = "fp32"
     flip: str = "encode"
@@ -155,7 +160,7 @@ def cache_latents(
     """Encode an image folder into a latent cache in this process, or finish one that was begun.
 
     Args:
-        images: folder with one subfolder per class.
+        images: folder with one subfolder per class, or an archive of one.
         out: the cache file.
         config: recipe: image size, channels, tokenizer, classes.
         device: where the tokenizer runs: auto, cpu, cuda or cuda:N.
@@ -178,16 +183,22 @@ def run_cache(settings: CacheSettings, config: Config, ranks: Ranks) -> CacheSum
         UserError: bad input (exit code 2, nothing written), too many bad images or a full disk (exit code 1;
             what was made stays).
     """
-    plan, source, codec = _plan(settings, config, ranks.device)
-    with _hold(settings.out) if ranks.is_main else nullcontext():
+    plan, job = _plan(settings, config, ranks.device)
+    if ranks.is_main:
+        require_writable(settings.out.parent, 0, "the latent cache")
+    settings.out.parent.mkdir(parents=True, exist_ok=True)
+    with CacheLock(settings.out) as lock:
         if ranks.is_main:
-            _prepare(plan, source, ranks.world_size)
+            lock.take()
+            _prepare(plan, job, ranks.world_size)
+            lock.share()
         ranks.barrier()
+        if not ranks.is_main:
+            lock.share()
         start = time.monotonic()
-        encoded = _encode_share(plan, source, codec, ranks)
-        return replace(
-            summarize(settings.out), num_encoded=encoded, seconds=round(time.monotonic() - start, 3)
-        )
+        num_encoded = _encode_share(plan, job, ranks)
+    seconds = round(time.monotonic() - start, 3)
+    return replace(summarize(settings.out), num_encoded=num_encoded, seconds=seconds)
 
 
 def plan_cache(settings: CacheSettings, config: Config, device: str = "auto") -> CachePlan:
@@ -197,46 +208,35 @@ def plan_cache(settings: CacheSettings, config: Config, device: str = "auto") ->
     return _plan(settings, config, pick_device(device))[0]
 
 
-def open_source(path: Path) -> ImageSource:
-    """The images at a path."""
-    return ImageFolder(path)
-
-
-def _plan(
-    settings: CacheSettings, config: Config, device: torch.device
-) -> tuple[CachePlan, ImageSource, Codec]:
+def _plan(settings: CacheSettings, config: Config, device: torch.device) -> tuple[CachePlan, Job]:
     """Check a job and open what it reads; writes nothing.
 
     Raises:
         UserError: a class count other than the recipe's, a cache of something else, a disk too small.
     """
     settings.check()
-    source = open_source(settings.images)
-    num_classes = len(source.class_names)
+    job, tokenizer, precision = _open_job(settings, config, device)
+    num_classes = len(job.class_names)
     if config.data.num_classes not in (0, num_classes):
         raise UserError(
             f"'{settings.images}' has {num_classes} classes, recipe '{config.name}' has "
             f"{config.data.num_classes}.",
             f"Add --set data.num_classes={num_classes}, or choose the folder that holds the class folders.",
         )
-    codec = Codec(
-        load_tokenizer(config, settings.tokenizer_weights, device, PRECISIONS[settings.precision]),
-        config.tokenizer.latent_scale,
-    )
-    labels, names = np.asarray(source.labels), [os.fsencode(name) for name in source.names]
+    names = [os.fsencode(name) for name in job.names]
     layout = CacheLayout(
-        num_samples=len(source),
-        latent_channels=codec.tokenizer.latent_channels,
+        num_samples=len(names),
+        latent_channels=config.latent_channels,
         grid=config.grid,
         dtype=settings.dtype,
         flip=settings.flip == "encode",
-        tokenizer=codec.tokenizer.identity,
-        precision="fp32" if codec.tokenizer.kind == "pixels" else settings.precision,
-        latent_scale=codec.latent_scale,
+        tokenizer=tokenizer,
+        precision=precision,
+        latent_scale=config.tokenizer.latent_scale,
         image_size=config.data.image_size,
         image_channels=config.data.image_channels,
         crop=CROP_RULE,
-        source=hash_source(names, labels),
+        source=hash_source(names, job.labels),
     )
     num_done, total_bytes = 0, layout.file_bytes(max(map(len, names)))
     if settings.out.exists():
@@ -247,7 +247,27 @@ def _plan(
         require_writable(settings.out.parent, total_bytes, "the latent cache")
     values = config.data.image_channels * config.data.image_size**2
     batch_size = settings.batch_size or max(1, min(MAX_BATCH, PIXEL_VALUES_PER_BATCH // values))
-    return CachePlan(settings, layout, num_classes, batch_size, total_bytes, num_done), source, codec
+    return CachePlan(settings, layout, num_classes, batch_size, total_bytes, num_done), job
+
+
+def _open_job(settings: CacheSettings, config: Config, device: torch.device) -> tuple[Job, str, str]:
+    """What rows are made from, the tokenizer's identity, and the arithmetic it has encoded in."""
+    flip = settings.flip == "encode"
+    weights, scale = settings.tokenizer_weights, config.tokenizer.latent_scale
+    if settings.from_mar:
+        if config.tokenizer.kind != "kl16":
+            raise UserError(
+                f"MAR's cache was made with kl16, recipe '{config.name}' has {config.tokenizer.kind}.",
+                "Choose a recipe with the tokenizer kl16, such as base.",
+            )
+        job: Job = ConvertMar(settings.images, (2 * config.latent_channels, *config.grid), flip)
+        identity = load_tokenizer(config, weights, torch.device("cpu")).identity if weights else MAR_TOKENIZER
+        return job, identity, "fp32"
+    source = open_images(settings.images)
+    precision = settings.precision if config.tokenizer.kind == "kl16" else "fp32"
+    codec = Codec(load_tokenizer(config, weights, device, PRECISIONS[precision]), scale)
+    job = EncodeImages(source, codec, config.data.image_size, flip, device)
+    return job, codec.tokenizer.identity, precision
 
 
 def summarize(path: Path) -> CacheSummary:
@@ -273,64 +293,39 @@ def bad_list_path(out: Path) -> Path:
     return out.with_name(f"{out.name}.bad.jsonl")
 
 
-@contextmanager
-def _hold(out: Path) -> Iterator[None]:
-    """The right to write the cache file, whose folder is created."""
-    require_writable(out.parent, 0, "the latent cache")
-    out.parent.mkdir(parents=True, exist_ok=True)
-    with cache_lock(out):
-        yield
-
-
-def _prepare(plan: CachePlan, source: ImageSource, num_shards: int) -> None:
+def _prepare(plan: CachePlan, job: Job, num_shards: int) -> None:
     """Bring the cache file into being, unless it is there."""
     out = plan.settings.out
     bad_list_path(out).unlink(missing_ok=True)  # bad images are tried again
     if out.exists():
         log.info(f"continuing {out}: {plan.num_done} of {plan.layout.num_samples} images are done")
         return
-    create_cache(
-        out,
-        plan.layout,
-        [os.fsencode(name) for name in source.names],
-        np.asarray(source.labels),
-        [os.fsencode(name) for name in source.class_names],
-        [printable(name) for name in source.class_names],
-        num_shards=num_shards,
-        shard_unit=plan.batch_size,
-    )
+    with _disk_errors(out):
+        create_cache(
+            out,
+            plan.layout,
+            [os.fsencode(name) for name in job.names],
+            job.labels,
+            [os.fsencode(name) for name in job.class_names],
+            [printable(class_title(name)) for name in job.class_names],
+            num_shards=min(num_shards, plan.layout.num_samples),
+            shard_unit=plan.batch_size,
+        )
 
 
-def _encode_share(plan: CachePlan, source: ImageSource, codec: Codec, ranks: Ranks) -> int:
+def _encode_share(plan: CachePlan, job: Job, ranks: Ranks) -> int:
     """Make the missing rows that fall to this rank; the number of images made."""
     settings = plan.settings
+    workers = settings.workers or os.cpu_count() or 1
     with LatentWriter(settings.out) as writer, _stop_on_sigterm():
         blocks = share_of_blocks(writer, plan.batch_size, ranks.rank, ranks.world_size)
-        todo = sum(int((writer.states[block.start : block.stop] != WRITTEN).sum()) for block in blocks)
-        rows = sum(block.stop - block.start for block in blocks)
+        before = writer.states == WRITTEN
+        todo = sum(int((~before[block.start : block.stop]).sum()) for block in blocks)
         label = "caching" if ranks.world_size == 1 else f"caching, rank 0 of {ranks.world_size}"
         bad = BadList(bad_list_path(settings.out), settings.max_bad)
-        before = int((writer.states == WRITTEN).sum())
-        with progress(todo, label, enabled=ranks.is_main and rows > 0) as display:
-            try:
-                encode_blocks(
-                    source,
-                    blocks,
-                    codec,
-                    writer,
-                    bad,
-                    display,
-                    ranks.device,
-                    settings.workers or os.cpu_count() or 1,
-                )
-            except OSError as error:
-                raise UserError(
-                    f"Writing '{settings.out}' failed: {error.strerror} "
-                    f"({format_bytes(writer.bytes_written)} were written).",
-                    "Mend the disk; the same command goes on from what is stored.",
-                    exit_code=1,
-                ) from error
-        return int((writer.states == WRITTEN).sum()) - before
+        with progress(todo, label, enabled=ranks.is_main and todo > 0) as display, _disk_errors(settings.out):
+            encode_blocks(job, blocks, writer, bad, display, workers)
+        return int(((writer.states == WRITTEN) & ~before).sum())
 
 
 def share_of_blocks(writer: LatentWriter, batch_size: int, rank: int, world_size: int) -> list[Block]:
@@ -365,6 +360,19 @@ def _refuse_other(path: Path, there: CacheLayout, wanted: CacheLayout) -> None:
             f"'{path}' is a latent cache made in another way: {listed}.",
             "Choose another --out, or the settings it was made with.",
         )
+
+
+@contextmanager
+def _disk_errors(path: Path) -> Iterator[None]:
+    """Turn a failure of the disk into a UserError with exit code 1."""
+    try:
+        yield
+    except OSError as error:
+        raise UserError(
+            f"Writing '{path}' failed: {error.strerror or error}.",
+            "Mend that (free some space, say); the same command goes on from what is stored.",
+            exit_code=1,
+        ) from error
 
 
 @contextmanager

@@ -79,9 +79,7 @@ class ImageFolder:
 
     def __init__(self, root: str | Path) -> None:
         self.root = Path(root)
-        if not self.root.is_dir():
-            raise UserError(f"There is no image folder '{printable(str(self.root))}'.", "Check the path.")
-        self.class_names, self.names, self.labels = sort_into_classes(list(_walk(self.root)), str(self.root))
+        self.class_names, self.names, self.labels = list_classes(self.root)
 
     @property
     def paths(self) -> list[Path]:
@@ -97,43 +95,60 @@ class ImageFolder:
         return load_image(os.path.join(self.root, self.names[index]), image_size, image_channels)
 
 
-def sort_into_classes(names: list[str], source: str) -> tuple[tuple[str, ...], list[str], np.ndarray]:
+def list_classes(
+    root: Path, suffixes: frozenset[str] = IMAGE_SUFFIXES, what: str = "images"
+) -> tuple[tuple[str, ...], list[str], np.ndarray]:
+    """Class names, file names in order, and labels of the files with some suffix below a folder.
+
+    Raises:
+        UserError: as `ImageFolder`.
+    """
+    if not root.is_dir():
+        raise UserError(f"There is no folder '{printable(str(root))}'.", "Check the path.")
+    return sort_into_classes(list(_walk(root)), str(root), suffixes, what)
+
+
+def sort_into_classes(
+    names: list[str], source: str, suffixes: frozenset[str] = IMAGE_SUFFIXES, what: str = "images"
+) -> tuple[tuple[str, ...], list[str], np.ndarray]:
     """Class names, file names in order, and labels, from the relative paths of all files and empty folders.
 
     Args:
         names: paths with forward slashes; one that ends in a slash is a folder with nothing in it.
         source: what to call the whole in an error.
+        suffixes: of the files that count.
+        what: what to call those files in an error.
     """
-    images: dict[str, list[str]] = {}
-    empty: set[str] = set()
+    found: dict[str, list[str]] = {}
+    others: set[str] = set()
     for name in names:
         first, slash, _ = name.partition("/")
-        if is_image_name(name):
-            images.setdefault(first if slash else "", []).append(name)
+        if os.path.splitext(name)[1].lower() in suffixes:
+            found.setdefault(first if slash else "", []).append(name)
         elif slash:
-            empty.add(first)
-    empty -= images.keys()
-    unsorted = images.pop("", [])
-    if not images and not unsorted:
+            others.add(first)
+    empty = sorted(others - found.keys())
+    unsorted = found.pop("", [])
+    if not found and not unsorted:
         raise UserError(
-            f"There are no images in '{printable(source)}'.",
-            "Give a folder with one subfolder of JPEG, PNG or WebP files per class.",
+            f"There are no {what} in '{printable(source)}'.",
+            f"Give a folder with one subfolder of {what} per class.",
         )
-    if not images:
+    if not found:
         return (), sorted(unsorted), np.zeros(len(unsorted), np.int64)
     if unsorted:
         log.warning(
-            f"{len(unsorted)} images lie beside the class folders of '{printable(source)}' and are left out"
+            f"{len(unsorted)} {what} lie beside the class folders of '{printable(source)}' and are left out"
         )
     if empty:
-        listed = ", ".join(f"'{printable(name)}'" for name in sorted(empty)[:5])
+        listed = ", ".join(f"'{printable(name)}'" for name in empty[:5])
         raise UserError(
-            f"{len(empty)} class folders of '{printable(source)}' hold no images: {listed}.",
+            f"{len(empty)} class folders of '{printable(source)}' hold no {what}: {listed}.",
             "Fill or remove them, so that the classes are what you mean.",
         )
-    class_names = tuple(sorted(images))
-    ordered = [name for class_name in class_names for name in sorted(images[class_name])]
-    counts = [len(images[class_name]) for class_name in class_names]
+    class_names = tuple(sorted(found))
+    ordered = [name for class_name in class_names for name in sorted(found[class_name])]
+    counts = [len(found[class_name]) for class_name in class_names]
     return class_names, ordered, np.repeat(np.arange(len(class_names), dtype=np.int64), counts)
 
 
@@ -187,13 +202,21 @@ def centre_crop(image: Image.Image, size: int) -> Image.Image:
     bicubic step.
     """  # fmt: skip
     while min(image.size) >= 2 * size:
-        image = image.resize((image.width // 2, image.height // 2), Image.Resampling.BOX)
+        image = _resize(image, image.width // 2, image.height // 2, Image.Resampling.BOX)
     scale = size / min(image.size)
     width, height = round(image.width * scale), round(image.height * scale)
     _refuse_bomb((width, height))
-    image = image.resize((width, height), Image.Resampling.BICUBIC)
+    image = _resize(image, width, height, Image.Resampling.BICUBIC)
     left, top = (width - size) // 2, (height - size) // 2
     return image.crop((left, top, left + size, top + size))
+
+
+def _resize(image: Image.Image, width: int, height: int, kernel: Image.Resampling) -> Image.Image:
+    """Rows first, then columns: the order of every Pillow that ADM and MAR ran on.
+
+    Pillow rounds between the two passes, and its newer versions take them the other way round for tall images.
+    """
+    return image.resize((width, image.height), kernel).resize((width, height), kernel)
 
 
 def _to_eight_bits(image: Image.Image, image_channels: int) -> Image.Image:

@@ -63,7 +63,7 @@ def test_a_link_to_itself_is_refused(tmp_path):
 
 
 def test_missing_and_empty_folders_are_refused(tmp_path):
-    with pytest.raises(UserError, match="no image folder"):
+    with pytest.raises(UserError, match="There is no folder"):
         ImageFolder(tmp_path / "nothing")
     with pytest.raises(UserError, match="no images"):
         ImageFolder(tmp_path)

@@ -1,0 +1,121 @@
+"""Archives of image folders are read as the folders would be."""
+
+import io
+import os
+import tarfile
+import zipfile
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from xar_cli.data.archives import is_archive, open_archive
+from xar_cli.data.images import BadImageError, ImageFolder
+from xar_cli.errors import UserError
+
+NAMES = ("cat/1.png", "cat/deep/2.png", "dog/1.png")
+
+
+@pytest.fixture
+def folder(tmp_path):
+    rng = np.random.default_rng(0)
+    for name in NAMES:
+        path = tmp_path / "images" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(rng.integers(0, 256, (8, 8, 3), dtype=np.uint8)).save(path)
+    (tmp_path / "images" / "README.txt").write_text("about")
+    return tmp_path / "images"
+
+
+def pack(folder, path, inside=""):
+    files = sorted(file for file in folder.rglob("*") if file.is_file())
+    if path.suffix == ".zip":
+        with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
+            for file in files:
+                archive.write(file, inside + file.relative_to(folder).as_posix())
+    else:
+        with tarfile.open(path, "w") as archive:
+            for file in files:
+                archive.add(file, inside + file.relative_to(folder).as_posix())
+    return path
+
+
+@pytest.mark.parametrize("suffix", ["tar", "zip"])
+@pytest.mark.parametrize("inside", ["", "./", "imagenet/train/"])
+def test_an_archive_is_as_its_folder(folder, tmp_path, suffix, inside):
+    archive = open_archive(pack(folder, tmp_path / f"x.{suffix}", inside))
+    plain = ImageFolder(folder)
+    assert (archive.class_names, archive.names) == (plain.class_names, plain.names)
+    assert archive.labels.tolist() == plain.labels.tolist()
+    for i in range(len(plain)):
+        assert np.array_equal(archive.load(i, 8, 3), plain.load(i, 8, 3))
+
+
+def test_a_tar_of_tars_has_a_class_per_tar(folder, tmp_path):
+    with tarfile.open(tmp_path / "train.tar", "w") as outer:
+        for name in ("cat", "dog"):
+            buffer = io.BytesIO()
+            with tarfile.open(fileobj=buffer, mode="w") as inner:
+                inner.add(folder / name / "1.png", "1.png")
+            member = tarfile.TarInfo(f"{name}.tar")
+            member.size = buffer.tell()
+            buffer.seek(0)
+            outer.addfile(member, buffer)
+    archive = open_archive(tmp_path / "train.tar")
+    assert archive.names == ["cat/1.png", "dog/1.png"]
+    assert np.array_equal(archive.load(1, 8, 3), ImageFolder(folder).load(2, 8, 3))
+
+
+def test_which_paths_are_archives(tmp_path):
+    for name in ("a.tar", "a.zip", "a.tar.gz", "a.png"):
+        (tmp_path / name).write_bytes(b"")
+    (tmp_path / "folder.tar").mkdir()
+    found = [
+        is_archive(tmp_path / name) for name in ("a.tar", "a.zip", "a.tar.gz", "a.png", "folder.tar", "b.tar")
+    ]
+    assert found == [True, True, True, False, False, False]
+
+
+def test_a_compressed_tar_is_refused(folder, tmp_path):
+    with tarfile.open(tmp_path / "x.tar.gz", "w:gz") as archive:
+        archive.add(folder, "")
+    with pytest.raises(UserError, match="uncompressed tar"):
+        open_archive(tmp_path / "x.tar.gz")
+
+
+@pytest.mark.parametrize("suffix", ["tar", "zip"])
+def test_damaged_archives_are_refused(folder, tmp_path, suffix):
+    path = pack(folder, tmp_path / f"x.{suffix}")
+    os.truncate(path, 900)
+    with pytest.raises(UserError, match="cannot be read"):
+        open_archive(path)
+    (tmp_path / f"y.{suffix}").write_bytes(b"nothing")
+    with pytest.raises(UserError, match="cannot be read"):
+        open_archive(tmp_path / f"y.{suffix}")
+
+
+@pytest.mark.parametrize("suffix", ["tar", "zip"])
+def test_a_damaged_member_is_a_bad_image(folder, tmp_path, suffix):
+    path = pack(folder, tmp_path / f"x.{suffix}")
+    archive = open_archive(path)
+    place = path.read_bytes().index(b"IDAT" if suffix == "tar" else b"cat/1.png") + 40
+    with path.open("r+b") as file:
+        file.seek(place)
+        file.write(b"\xff" * 30)
+    with pytest.raises(BadImageError, match=r"cat/1\.png"):
+        archive.load(0, 8, 3)
+
+
+def test_a_zip_bomb_is_a_bad_image(tmp_path, monkeypatch):
+    with zipfile.ZipFile(tmp_path / "x.zip", "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("cat/1.png", bytes(10_000_000))
+    monkeypatch.setattr("xar_cli.data.archives.MAX_FILE_BYTES", 1_000_000)
+    with pytest.raises(BadImageError, match="10000000 bytes"):
+        open_archive(tmp_path / "x.zip").load(0, 8, 3)
+
+
+def test_an_archive_without_images_is_refused(tmp_path):
+    with zipfile.ZipFile(tmp_path / "x.zip", "w") as archive:
+        archive.writestr("README.txt", "nothing")
+    with pytest.raises(UserError, match="no images"):
+        open_archive(tmp_path / "x.zip")
