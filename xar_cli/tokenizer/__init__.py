@@ -40,7 +40,7 @@ def load_tokenizer(
     if weights is None:
         raise UserError(
             f"Recipe '{config.name}' needs the weights of the tokenizer KL-16, the file kl16.ckpt (266 MB).",
-            "Get it with `xar weights download kl16`, or from https://huggingface.co/xwen99/mar-vae-kl16, then "
+            "Get it with `xar weights download kl16`, or from https://huggingface.co/xwen99/mar-vae-kl16; then "
             "give --tokenizer-weights.",
         )
     return load_kl16(weights, device, dtype)

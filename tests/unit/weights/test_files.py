@@ -1,0 +1,217 @@
+"""Every kind of source gives the right weights; a wrong one is refused with what is wrong."""
+
+from __future__ import annotations
+
+import hashlib
+
+import pytest
+import torch
+
+from tests.seeded import seeded_state
+from tests.unit.weights.conftest import save_safetensors
+from xar_cli.config import load_recipe
+from xar_cli.errors import UserError
+from xar_cli.weights import export_weights, from_published, load_weights, open_weights
+from xar_cli.weights.published import published_shapes
+
+
+def assert_holds(model, published, add=0.0):
+    """The network's weights are the published ones plus a constant."""
+    from xar_cli.weights import to_published
+
+    back = to_published(model.state_dict(), model_config(model))
+    assert all(torch.equal(back[name], tensor + add) for name, tensor in published.items())
+
+
+def model_config(model):
+    heads = model.encoder[0].attention.heads
+    return load_recipe("base", ["model.dim=32", f"model.depth={len(model.encoder)}", f"model.heads={heads}"])
+
+
+def test_a_bare_published_file(bare_file, golden_config, published):
+    model, weights = load_weights(bare_file, golden_config, device="cpu")
+    assert_holds(model, published)
+    assert (weights.layout, weights.kind, weights.epoch, weights.dtypes) == (
+        "published", "unstated", None, ["float32"],
+    )  # fmt: skip
+    assert weights.sha256 == hashlib.sha256(bare_file.read_bytes()).hexdigest()
+    assert not model.training
+
+
+def test_the_loaded_network_computes_the_golden_velocity(bare_file, golden, golden_config):
+    model, _ = load_weights(bare_file, golden_config, device="cpu")
+    x = model.grouping.to_tokens(golden["train.latents"])
+    t = golden["train.timesteps"].repeat_interleave(64, dim=1)[..., None]
+    x_t = (1 - t) * x + t * golden["train.noise"].flatten(1, 2)
+    velocity = model(x_t, golden["train.timesteps"], golden["train.labels"])
+    error = (velocity - golden["train.velocity"]).abs().max() / golden["train.velocity"].abs().max()
+    assert error <= 1e-5
+
+
+def test_weights_are_loaded_in_the_dtype_asked_for_and_positions_stay_exact(bare_file, golden_config):
+    exact, _ = load_weights(bare_file, golden_config, device="cpu")
+    half, _ = load_weights(bare_file, golden_config, device="cpu", dtype=torch.bfloat16)
+    assert {parameter.dtype for parameter in half.parameters()} == {torch.bfloat16}
+    assert torch.equal(half.rope, exact.rope)
+    assert torch.equal(half.pos_encoder, exact.pos_encoder.bfloat16())
+
+
+def test_the_originals_checkpoint_gives_the_average_or_the_raw_weights(
+    training_file, golden_config, published
+):
+    average, weights = load_weights(training_file, golden_config, device="cpu")
+    assert_holds(average, published, add=1)
+    assert (weights.kind, weights.epoch) == ("ema", 399)
+    raw, weights = load_weights(training_file, golden_config, ema=False, device="cpu")
+    assert_holds(raw, published)
+    assert weights.kind == "raw"
+
+
+def test_a_run_gives_its_first_average_or_its_raw_weights_and_its_own_recipe(run_folder, published):
+    average, weights = load_weights(run_folder, device="cpu")
+    assert_holds(average, published, add=1)
+    assert (weights.kind, weights.step, weights.config.model.dim) == ("ema", 1234, 32)
+    assert weights.class_names[7] == "class 7"
+    raw, _ = load_weights(run_folder, ema=False, device="cpu")
+    assert_holds(raw, published)
+
+
+def test_a_checkpoint_folder_and_a_file_in_it_are_sources_too(run_folder, published):
+    folder = run_folder / "checkpoints" / "step-00001234"
+    assert_holds(load_weights(folder, device="cpu")[0], published, add=1)
+    model, weights = load_weights(folder / "ema-0.9.safetensors", device="cpu")
+    assert_holds(model, published, add=2)
+    assert weights.kind == "ema"
+    assert open_weights(folder / "model.safetensors").kind == "raw"
+
+
+def test_bare_safetensors_of_either_layout(published, golden_config, tmp_path):
+    ours = save_safetensors(from_published(published, golden_config), tmp_path / "ours.safetensors")
+    theirs = save_safetensors(published, tmp_path / "theirs.safetensors")
+    for path in (ours, theirs):
+        assert_holds(load_weights(path, golden_config, device="cpu")[0], published)
+
+
+def test_pickles_from_before_pytorch_1_6_are_read_too(published, golden_config, tmp_path):
+    torch.save(published, tmp_path / "old.pth", _use_new_zipfile_serialization=False)
+    assert_holds(load_weights(tmp_path / "old.pth", golden_config, device="cpu")[0], published)
+
+
+@pytest.mark.parametrize("name", ["base", "large", "huge"])
+def test_the_recipe_follows_from_the_shapes(name, tmp_path):
+    shapes = published_shapes(load_recipe(name))
+    torch.save({key: torch.zeros(1).expand(shape) for key, shape in shapes.items()}, tmp_path / "hollow.pth")
+    assert open_weights(tmp_path / "hollow.pth").config == load_recipe(name)
+
+
+def test_a_wrong_recipe_is_contradicted_and_the_right_one_named(tmp_path):
+    shapes = published_shapes(load_recipe("large"))
+    torch.save({key: torch.zeros(1).expand(shape) for key, shape in shapes.items()}, tmp_path / "hollow.pth")
+    with pytest.raises(UserError) as error:
+        open_weights(tmp_path / "hollow.pth", load_recipe("huge"))
+    assert "width 1024, 16 + 16 blocks" in error.value.message
+    assert "'huge' asks for width 1280, 20 + 20 blocks" in error.value.message
+    assert "--recipe large" in error.value.next_step
+
+
+def test_the_number_of_heads_is_read_from_the_buffers_where_the_file_has_them(bare_file, golden_config):
+    wrong = golden_config.model_copy(update={"model": golden_config.model.model_copy(update={"heads": 4})})
+    with pytest.raises(UserError, match=r"2 heads.*asks for.*4 heads"):
+        open_weights(bare_file, wrong)
+
+
+def test_a_network_that_no_recipe_has_asks_for_the_recipe(bare_file):
+    with pytest.raises(UserError) as error:
+        open_weights(bare_file)
+    assert "width 32, 2 + 2 blocks" in error.value.message
+    assert "--recipe" in error.value.next_step
+
+
+@pytest.mark.parametrize(
+    ("override", "said"),
+    [
+        ("entity.size=4", "entity"),
+        ("model.heads=4", "heads 2"),
+        ("tokenizer.latent_scale=0.18", "tokenizer"),
+    ],
+)
+def test_what_a_run_states_is_contradicted_loudly(run_folder, golden_config, override, said):
+    settings = ["model.dim=32", "model.depth=2", "model.heads=2", override]
+    with pytest.raises(UserError, match=said):
+        open_weights(run_folder, load_recipe("base", settings))
+
+
+def test_other_sampling_settings_are_no_contradiction(run_folder, tmp_path):
+    settings = ["model.dim=32", "model.depth=2", "model.heads=2", "sample.num_steps=7", "model.dropout=0"]
+    asked = load_recipe("base", settings)
+    assert open_weights(run_folder, asked).config == asked
+    export_weights(open_weights(run_folder), tmp_path / "out.safetensors")
+    assert open_weights(tmp_path / "out.safetensors", asked).config.sample.num_steps == 7
+
+
+def test_raw_weights_that_are_not_there_are_not_replaced_by_others(
+    bare_file, run_folder, golden_config, tmp_path
+):
+    export_weights(open_weights(run_folder), tmp_path / "average.safetensors")
+    for source in (bare_file, tmp_path / "average.safetensors"):
+        with pytest.raises(UserError, match="raw"):
+            open_weights(source, golden_config, ema=False)
+
+
+def test_averages_that_are_not_there_are_not_replaced_by_others(published, golden_config, tmp_path):
+    torch.save({"model": published, "epoch": 3}, tmp_path / "raw.pth")
+    with pytest.raises(UserError, match="no averaged weights") as error:
+        open_weights(tmp_path / "raw.pth", golden_config)
+    assert "--raw" in error.value.next_step
+    assert open_weights(tmp_path / "raw.pth", golden_config, ema=False).epoch == 3
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        ({"post_quant_conv.weight": torch.zeros(1)}, "tokenizer KL-16"),
+        ({"model": {"post_quant_conv.weight": torch.zeros(1)}}, "tokenizer KL-16"),
+        ({"fc.weight": torch.zeros(1)}, "no xAR weights: its first tensors are fc.weight"),
+        ({"epoch": 3}, "holds no weights"),
+        ([1, 2], "holds no weights"),
+    ],
+)
+def test_files_of_something_else_are_refused(tmp_path, content, said):
+    torch.save(content, tmp_path / "other.pth")
+    with pytest.raises(UserError, match=said):
+        open_weights(tmp_path / "other.pth")
+
+
+def test_damaged_files_are_refused(bare_file, run_folder, golden_config, tmp_path):
+    export_weights(open_weights(run_folder), tmp_path / "whole.safetensors")
+    for path in (bare_file, tmp_path / "whole.safetensors"):
+        cut = tmp_path / f"cut{path.suffix}"
+        cut.write_bytes(path.read_bytes()[:-5000])
+        with pytest.raises(UserError, match=r"cannot be read|no file of weights"):
+            open_weights(cut, golden_config)
+    (tmp_path / "empty.pth").touch()
+    (tmp_path / "text.pth").write_text("not weights at all")
+    for name in ("empty.pth", "text.pth", "none.pth"):
+        with pytest.raises(UserError):
+            open_weights(tmp_path / name)
+
+
+def test_a_folder_that_is_no_run_is_refused(tmp_path):
+    with pytest.raises(UserError, match="not a run folder"):
+        open_weights(tmp_path)
+
+
+def test_loading_leaves_the_file_as_it_was(bare_file, golden_config):
+    before = bare_file.read_bytes()
+    model, weights = load_weights(bare_file, golden_config, device="cpu")
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(1)
+    again = weights.load("cpu")  # the mapped tensors were let go, and are read again
+    assert torch.equal(again.pos_encoder + 1, model.pos_encoder)
+    assert bare_file.read_bytes() == before
+
+
+def test_seeded_weights_differ_by_seed():
+    shapes = {"a.weight": (4, 4)}
+    assert not torch.equal(seeded_state(shapes, 1)["a.weight"], seeded_state(shapes, 2)["a.weight"])
