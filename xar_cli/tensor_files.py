@@ -25,6 +25,11 @@ State = dict[str, torch.Tensor]
 # What a pickle may hold beside tensors and plain values: the arguments that the original training stores.
 ALLOWED_CLASSES: tuple[type, ...] = (argparse.Namespace,)
 
+# What torch.load raises for a file that is cut short or is something else.
+_DAMAGE = (
+    RuntimeError, EOFError, OSError, ValueError, KeyError, IndexError, AttributeError, TypeError, SafetensorError,
+)  # fmt: skip
+
 NAMES_SHOWN = 3  # a refused state names this many tensors of each fault
 
 
@@ -45,9 +50,7 @@ def read_tensor_file(path: Path) -> tuple[Any, dict[str, str]]:
         with path.open("rb") as file:
             head = file.read(9)
     except OSError as error:
-        raise UserError(
-            f"Cannot read '{path}': {error.strerror}.", "Check the permissions of the file."
-        ) from None
+        raise UserError(f"Cannot read '{path}': {error.strerror}.", "Check the permissions of the file.") from None
     if head[8:9] == b"{":
         return read_safetensors(path)
     return read_pickle(path), {}
@@ -71,25 +74,14 @@ def read_pickle(path: Path) -> Any:
             except RuntimeError as error:
                 if "mmap" not in str(error):
                     raise
-                return torch.load(
-                    path, map_location="cpu", weights_only=True
-                )  # the format before PyTorch 1.6
+                return torch.load(path, map_location="cpu", weights_only=True)  # the format before PyTorch 1.6
     except pickle.UnpicklingError as error:
         raise UserError(
             f"'{path}' is no file of weights, or holds objects that could run code ({_first_line(error)}); "
             "it was not opened.",
             "Use a file that holds only tensors, or convert it to safetensors where you trust it.",
         ) from None
-    except (
-        RuntimeError,
-        EOFError,
-        OSError,
-        ValueError,
-        KeyError,
-        IndexError,
-        AttributeError,
-        TypeError,
-    ) as error:
+    except _DAMAGE as error:
         raise _damaged(path, "PyTorch file", error) from None
 
 
