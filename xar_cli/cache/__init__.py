@@ -2,6 +2,7 @@
 work.
 """
 
-from xar_cli.cache.stage import CacheSettings, CacheSummary, cache_latents
+from xar_cli.cache.plan import CacheSettings
+from xar_cli.cache.stage import CacheSummary, cache_latents
 
 __all__ = ["CacheSettings", "CacheSummary", "cache_latents"]

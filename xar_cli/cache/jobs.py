@@ -61,9 +61,7 @@ class EncodeImages:
 
     item_dtype: np.dtype = np.dtype(np.uint8)
 
-    def __init__(
-        self, source: ImageSource, codec: Codec, image_size: int, flip: bool, device: torch.device
-    ) -> None:
+    def __init__(self, source: ImageSource, codec: Codec, image_size: int, flip: bool, device: torch.device) -> None:
         self.class_names, self.names, self.labels = source.class_names, source.names, source.labels
         self.source, self.codec, self.image_size, self.flip, self.device = (
             source,
@@ -73,7 +71,7 @@ class EncodeImages:
             device,
         )
         self.image_channels = codec.tokenizer.image_channels
-        self.item_shape = (self.image_channels, image_size, image_size)
+        self.item_shape: tuple[int, ...] = (self.image_channels, image_size, image_size)
 
     def load(self, row: int) -> np.ndarray:
         """The cropped image, uint8 (channels, S, S)."""
@@ -107,10 +105,8 @@ class ConvertMar:
     def __init__(self, root: Path, row_shape: tuple[int, int, int], flip: bool) -> None:
         self.root, self.row_shape = root, row_shape
         self.keys = MAR_KEYS if flip else MAR_KEYS[:1]
-        self.item_shape = (len(self.keys), *row_shape)
-        self.class_names, self.names, self.labels = list_classes(
-            root, frozenset((".npz",)), "files of MAR's cache"
-        )
+        self.item_shape: tuple[int, ...] = (len(self.keys), *row_shape)
+        self.class_names, self.names, self.labels = list_classes(root, frozenset((".npz",)), "files of MAR's cache")
         try:
             self.load(0)
         except BadImageError as error:
@@ -130,9 +126,7 @@ class ConvertMar:
         except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.error) as error:
             raise BadImageError(str(path), " ".join(str(error).split()).rstrip(".")) from None
         if moments.shape != self.item_shape:
-            raise BadImageError(
-                str(path), f"its moments have shape {moments.shape[1:]}, not {self.row_shape}"
-            )
+            raise BadImageError(str(path), f"its moments have shape {moments.shape[1:]}, not {self.row_shape}")
         return moments
 
     def encode(self, items: np.ndarray) -> list[Tensor]:

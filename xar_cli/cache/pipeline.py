@@ -56,9 +56,7 @@ class BadList:
     def add(self, row: int, error: BadImageError) -> bool:
         """List one image; False when it is one more than allowed."""
         self.count += 1
-        line = (
-            json.dumps({"row": row, "name": printable(error.name), "reason": printable(error.reason)}) + "\n"
-        )
+        line = json.dumps({"row": row, "name": printable(error.name), "reason": printable(error.reason)}) + "\n"
         with self.path.open("a", encoding="utf-8") as file:
             file.write(line)
         return self.max_bad is None or self.count <= self.max_bad
@@ -112,9 +110,7 @@ class _Store:
 
     def __init__(self, writer: LatentWriter, display: Progress, bad: BadList) -> None:
         self._writer, self._display, self._bad = writer, display, bad
-        self._queue: queue.Queue[tuple[np.ndarray, np.ndarray, list[Tensor]] | int | None] = queue.Queue(
-            maxsize=2
-        )
+        self._queue: queue.Queue[tuple[np.ndarray, np.ndarray, list[Tensor]] | int | None] = queue.Queue(maxsize=2)
         self._error: BaseException | None = None
         self._thread = threading.Thread(target=self._run, name="latent-writer")
         self._thread.start()
@@ -170,9 +166,7 @@ class _Store:
         return len(rows)
 
 
-def _load_ahead(
-    job: Job, blocks: Iterable[Block], workers: int
-) -> Iterator[tuple[Block, list[Future[np.ndarray]]]]:
+def _load_ahead(job: Job, blocks: Iterable[Block], workers: int) -> Iterator[tuple[Block, list[Future[np.ndarray]]]]:
     """Every block with its items being loaded, a few blocks ahead of the one in use."""
     waiting: deque[tuple[Block, list[Future[np.ndarray]]]] = deque()
     pool = ThreadPoolExecutor(workers, thread_name_prefix="decode")

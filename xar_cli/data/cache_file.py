@@ -302,9 +302,7 @@ def _new_file(path: Path) -> Iterator[h5py.File]:
         temporary.unlink(missing_ok=True)
 
 
-def _write_tables(
-    file: h5py.File, layout: CacheLayout, class_names: Sequence[bytes], titles: Sequence[bytes]
-) -> None:
+def _write_tables(file: h5py.File, layout: CacheLayout, class_names: Sequence[bytes], titles: Sequence[bytes]) -> None:
     """Attributes, and the class table: as datasets, since HDF5 attributes end at 64 KB."""
     file.attrs.update({"format": FORMAT, "format_version": FORMAT_VERSION, **asdict(layout)})
     for name, texts in (("class_names", class_names), ("class_titles", titles)):
@@ -339,9 +337,7 @@ def _find_shards(path: Path, file: h5py.File, layout: CacheLayout) -> list[Shard
     for source in first.virtual_sources():
         (start, *_), (last, *_) = source.vspace.get_select_bounds()
         part_space = source.src_space
-        from_start = part_space.get_select_type() == h5py.h5s.SEL_ALL or not any(
-            part_space.get_select_bounds()[0]
-        )
+        from_start = part_space.get_select_type() == h5py.h5s.SEL_ALL or not any(part_space.get_select_bounds()[0])
         if source.dset_name != "moments" or not from_start:
             return []  # joined by someone else, in another way
         shard_path = path.parent / source.file_name
@@ -368,9 +364,7 @@ def _plain_shard(path: Path, file: h5py.File, start: int, layout: CacheLayout) -
         if name not in offsets or file[name].dtype != np.dtype(layout.dtype) or file[name].chunks:
             return None
         if offsets[name] + len(file[name]) * layout.row_bytes > size:
-            raise UserError(
-                f"'{path}' is truncated: it has {size} bytes and should have more.", "Copy it again."
-            )
+            raise UserError(f"'{path}' is truncated: it has {size} bytes and should have more.", "Copy it again.")
     return Shard(path, start, start + len(file["moments"]), offsets)
 
 

@@ -137,9 +137,7 @@ def sort_into_classes(
     if not found:
         return (), sorted(unsorted), np.zeros(len(unsorted), np.int64)
     if unsorted:
-        log.warning(
-            f"{len(unsorted)} {what} lie beside the class folders of '{printable(source)}' and are left out"
-        )
+        log.warning(f"{len(unsorted)} {what} lie beside the class folders of '{printable(source)}' and are left out")
     if empty:
         listed = ", ".join(f"'{printable(name)}'" for name in empty[:5])
         raise UserError(
@@ -214,7 +212,7 @@ def centre_crop(image: Image.Image, size: int) -> Image.Image:
 def _resize(image: Image.Image, width: int, height: int, kernel: Image.Resampling) -> Image.Image:
     """Rows first, then columns: the order of every Pillow that ADM and MAR ran on.
 
-    Pillow rounds between the two passes, and its newer versions take them the other way round for tall images.
+    Pillow rounds between the two passes, and newer versions take them the other way round for tall images.
     """
     return image.resize((width, image.height), kernel).resize((width, height), kernel)
 
@@ -253,9 +251,7 @@ def _walk(root: Path) -> Iterator[str]:
         folder = os.path.join(root, relative)
         try:
             status = os.stat(folder)
-            entries = [
-                (entry.name, entry.is_dir()) for entry in os.scandir(folder) if not is_hidden(entry.name)
-            ]
+            entries = [(entry.name, entry.is_dir()) for entry in os.scandir(folder) if not is_hidden(entry.name)]
         except OSError as error:
             raise UserError(
                 f"Cannot read the folder '{printable(error.filename or folder)}': {error.strerror}.",

@@ -6,28 +6,22 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from xar_cli.cache import cache_latents
+from tests.caches import make_images, pixel_recipe
+from xar_cli.cache import CacheSettings, cache_latents
 from xar_cli.cache import pipeline as pipeline_module
-from xar_cli.cache.stage import CacheSettings, plan_cache
-from xar_cli.config import load_recipe
+from xar_cli.cache.stage import plan_cache
 from xar_cli.data.cache_file import CacheFile
 from xar_cli.data.latents import LatentReader, LatentWriter
 from xar_cli.errors import UserError
 
 NUM_CLASSES, PER_CLASS = 3, 9
-RECIPE = load_recipe("tiny", [f"data.num_classes={NUM_CLASSES}"])
+RECIPE = pixel_recipe(f"data.num_classes={NUM_CLASSES}")
 
 
 @pytest.fixture
 def images(tmp_path):
     """27 grey images of 8 x 8 random pixels in three classes."""
-    rng = np.random.default_rng(0)
-    for label in range(NUM_CLASSES):
-        folder = tmp_path / "images" / f"class-{label}"
-        folder.mkdir(parents=True)
-        for i in range(PER_CLASS):
-            Image.fromarray(rng.integers(0, 256, (8, 8), dtype=np.uint8)).save(folder / f"{i}.png")
-    return tmp_path / "images"
+    return make_images(tmp_path / "images", NUM_CLASSES, PER_CLASS)
 
 
 def make(images, out, **settings):
@@ -38,7 +32,7 @@ def test_moments_of_image_and_mirror_are_stored(images, tmp_path):
     summary = make(images, tmp_path / "latents.h5", dtype="float32")
     assert (summary.num_samples, summary.num_missing, summary.num_bad, summary.num_encoded) == (27, 0, 0, 27)
     reader = LatentReader(tmp_path / "latents.h5")
-    pixels = np.asarray(Image.open(images / "class-1" / "4.png"), np.float32) / 127.5 - 1
+    pixels = np.asarray(Image.open(images / "class-1" / "004.png"), np.float32) / 127.5 - 1
     moments, labels = reader.read(np.array([13, 13]), np.array([False, True]))
     assert labels.tolist() == [1, 1]
     assert np.allclose(moments[0, 0], pixels, atol=1e-6)
@@ -83,25 +77,25 @@ def test_an_interrupted_run_goes_on_and_makes_the_same_bytes(images, tmp_path, m
 
 
 def test_bad_images_end_the_work_and_what_was_made_is_kept(images, tmp_path):
-    (images / "class-2" / "3.png").write_bytes(b"")
-    with pytest.raises(UserError, match=r"class-2/3\.png") as caught:
+    (images / "class-2" / "003.png").write_bytes(b"")
+    with pytest.raises(UserError, match=r"class-2/003\.png") as caught:
         make(images, tmp_path / "latents.h5")
     assert caught.value.exit_code == 1
     assert (CacheFile(tmp_path / "latents.h5").states == 1).sum() >= 16
     listed = [json.loads(line) for line in (tmp_path / "latents.h5.bad.jsonl").read_text().splitlines()]
-    assert [(record["row"], record["name"].endswith("class-2/3.png")) for record in listed] == [(21, True)]
+    assert [(record["row"], record["name"].endswith("class-2/003.png")) for record in listed] == [(21, True)]
     with pytest.raises(UserError, match="not finished"):
         LatentReader(tmp_path / "latents.h5")
 
 
 def test_bad_images_are_left_out_when_allowed(images, tmp_path):
     whole = make(images, tmp_path / "whole.h5")
-    kept = (images / "class-2" / "3.png").read_bytes()
-    (images / "class-2" / "3.png").write_bytes(kept[:40])
+    kept = (images / "class-2" / "003.png").read_bytes()
+    (images / "class-2" / "003.png").write_bytes(kept[:40])
     summary = make(images, tmp_path / "latents.h5", max_bad=1)
     assert (summary.num_samples, summary.num_bad) == (26, 1)
     assert LatentReader(tmp_path / "latents.h5").num_samples == 26
-    (images / "class-2" / "3.png").write_bytes(kept)  # mended: the same command takes it in
+    (images / "class-2" / "003.png").write_bytes(kept)  # mended: the same command takes it in
     again = make(images, tmp_path / "latents.h5", max_bad=1)
     assert (again.num_encoded, again.num_bad, again.content_hash) == (1, 0, whole.content_hash)
     assert not (tmp_path / "latents.h5.bad.jsonl").exists()
@@ -109,13 +103,11 @@ def test_bad_images_are_left_out_when_allowed(images, tmp_path):
 
 def test_a_wrong_class_count_says_what_to_set(images, tmp_path):
     with pytest.raises(UserError, match=r"--set data\.num_classes=3"):
-        cache_latents(images, tmp_path / "latents.h5", load_recipe("tiny"), device="cpu")
+        cache_latents(images, tmp_path / "latents.h5", pixel_recipe(), device="cpu")
     assert not (tmp_path / "latents.h5").exists()
 
 
-@pytest.mark.parametrize(
-    ("change", "what"), [({"dtype": "float32"}, "dtype float16"), ({"flip": "none"}, "flip True")]
-)
+@pytest.mark.parametrize(("change", "what"), [({"dtype": "float32"}, "dtype float16"), ({"flip": "none"}, "flip True")])
 def test_a_cache_made_in_another_way_is_not_continued(images, tmp_path, change, what):
     make(images, tmp_path / "latents.h5")
     with pytest.raises(UserError, match=what):
@@ -124,7 +116,7 @@ def test_a_cache_made_in_another_way_is_not_continued(images, tmp_path, change, 
 
 def test_a_cache_of_other_images_is_not_continued(images, tmp_path):
     make(images, tmp_path / "latents.h5")
-    (images / "class-0" / "0.png").rename(images / "class-0" / "zero.png")
+    (images / "class-0" / "000.png").rename(images / "class-0" / "zero.png")
     with pytest.raises(UserError, match="other images"):
         make(images, tmp_path / "latents.h5")
 
@@ -140,6 +132,7 @@ def test_values_out_of_range_are_refused(images, tmp_path, settings):
 
 def test_the_plan_writes_nothing(images, tmp_path):
     before = sorted(tmp_path.rglob("*"))
-    plan = plan_cache(CacheSettings(images, tmp_path / "new" / "latents.h5"), RECIPE, "cpu").as_dict()
+    settings = CacheSettings(images=images, out=tmp_path / "new" / "latents.h5", config=RECIPE, device="cpu")
+    plan = plan_cache(settings).as_dict()
     assert (plan["images"], plan["classes"], plan["done"], plan["grid"]) == (27, 3, 0, (8, 8))
     assert sorted(tmp_path.rglob("*")) == before

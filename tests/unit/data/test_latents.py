@@ -10,45 +10,12 @@ import h5py
 import numpy as np
 import pytest
 
+from tests.caches import LABELS, N, make_cache, make_layout, make_moments, pixel_recipe
 from xar_cli.config import load_recipe
 from xar_cli.data import cache_file, latents
-from xar_cli.data.cache_file import CacheFile, CacheLayout, create_cache, hash_source, shard_bounds
+from xar_cli.data.cache_file import CacheFile, hash_source, shard_bounds
 from xar_cli.data.latents import LatentReader, LatentWriter
 from xar_cli.errors import UserError
-
-N = 37
-
-
-def make_layout(**changes) -> CacheLayout:
-    values = {
-        "num_samples": N, "latent_channels": 1, "grid": (8, 8), "dtype": "float16", "flip": True,
-        "tokenizer": "pixels/p1", "precision": "fp32", "latent_scale": 1.0,
-        "image_size": 8, "image_channels": 1,
-        "crop": "adm-centre", "source": "abc",
-    }  # fmt: skip
-    return CacheLayout(**{**values, **changes})
-
-
-def make_moments(seed: int = 0) -> np.ndarray:
-    return np.random.default_rng(seed).standard_normal((2, N, 2, 8, 8)).astype(np.float32)
-
-
-LABELS = np.arange(N, dtype=np.int64) % 10
-CLASSES = [f"digit-{i}".encode() for i in range(10)]
-
-
-def make_cache(path, layout=None, num_shards=1, finish=True, skip=()):
-    layout = layout or make_layout()
-    create_cache(path, layout, [b"%03d.png" % i for i in range(N)], LABELS, CLASSES, num_shards=num_shards)
-    image, mirror = make_moments()
-    if finish:
-        with LatentWriter(path) as writer:
-            rows = np.array([row for row in range(N) if row not in skip])
-            writer.write(rows, image[rows], mirror[rows] if layout.flip else None)
-            for row in skip:
-                writer.mark_bad(row)
-            writer.commit()
-    return path
 
 
 @pytest.fixture(params=[1, 3], ids=["one file", "three shards"])
@@ -280,9 +247,9 @@ def test_missing_foreign_truncated_and_future_files_are_refused(tmp_path):
 )
 def test_a_cache_for_another_recipe_is_refused(tmp_path, change, what):
     reader = LatentReader(make_cache(tmp_path / "latents.h5"))
-    reader.check_matches(load_recipe("tiny"))
+    reader.check_matches(pixel_recipe())
     with pytest.raises(UserError) as caught:
-        reader.check_matches(load_recipe("tiny", [change, "entity.size=2"]))
+        reader.check_matches(pixel_recipe(change, "entity.size=2"))
     assert what in str(caught.value)
 
 

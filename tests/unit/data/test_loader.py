@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from tests.unit.data.test_latents import N, make_cache, make_moments
+from tests.caches import N, make_cache, make_moments
 from xar_cli.data.latents import LatentReader
 from xar_cli.data.loader import LatentLoader
 from xar_cli.data.sharding import SampleStream
