@@ -91,9 +91,7 @@ class Progress:
 
 
 @contextmanager
-def progress(
-    total: int, label: str, unit: str = "image", initial: int = 0, enabled: bool = True
-) -> Iterator[Progress]:
+def progress(total: int, label: str, unit: str = "image", initial: int = 0, enabled: bool = True) -> Iterator[Progress]:
     """A `Progress` that closes itself when the work ends or fails."""
     display = Progress(total, label, unit, initial, enabled)
     try:

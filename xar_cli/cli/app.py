@@ -8,7 +8,6 @@ from __future__ import annotations
 import sys
 from typing import Annotated
 
-import click
 import typer
 
 from xar_cli import __version__
@@ -41,12 +40,14 @@ def _print_version(wanted: bool) -> None:
 def _root(
     version: Annotated[
         bool,
-        typer.Option(
-            "--version", callback=_print_version, is_eager=True, help="Print the version and leave."
-        ),
+        typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and leave."),
     ] = False,
 ) -> None:
     """Options of `xar` itself."""
+
+
+# Typer carries its own copy of click since 0.2x; these are whichever classes it raises.
+_ClickException = next(base for base in typer.BadParameter.__mro__ if base.__name__ == "ClickException")
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -56,19 +57,15 @@ def main(arguments: list[str] | None = None) -> None:
     except UserError as error:
         _fail(error.message, error.next_step)
         sys.exit(error.exit_code)
-    except click.exceptions.Abort:
+    except (typer.Abort, KeyboardInterrupt):
         _fail("Stopped by Ctrl-C.", "The same command goes on from what is on disk.")
         sys.exit(130)
-    except KeyboardInterrupt:
-        _fail("Stopped by Ctrl-C.", "The same command goes on from what is on disk.")
-        sys.exit(130)
-    except click.ClickException as error:
-        error.show()
-        sys.exit(error.exit_code)
+    except _ClickException as error:
+        error.show()  # type: ignore[attr-defined]
+        sys.exit(2)
     sys.exit(code if isinstance(code, int) else 0)
 
 
 def _fail(message: str, next_step: str) -> None:
     print(f"error: {message}", file=sys.stderr)
-    if next_step:
-        print(f"  next: {next_step}", file=sys.stderr)
+    print(f"  next: {next_step}", file=sys.stderr)

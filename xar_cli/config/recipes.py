@@ -27,7 +27,9 @@ def recipes_folder() -> Path:
 def list_recipes() -> dict[str, Path]:
     """Every shipped recipe by name (`base`, `ablations/cell-4`), in alphabetical order."""
     folder = recipes_folder()
-    return {path.relative_to(folder).with_suffix("").as_posix(): path for path in sorted(folder.rglob("*.yaml"))}
+    return {
+        path.relative_to(folder).with_suffix("").as_posix(): path for path in sorted(folder.rglob("*.yaml"))
+    }
 
 
 def load_recipe(name_or_file: str, overrides: Sequence[str] = ()) -> Config:
@@ -54,12 +56,18 @@ def load_config_file(path: Path, overrides: Sequence[str] = ()) -> Config:
     try:
         values = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"Cannot read the recipe '{path}': {error}.", "Check the path, or see `xar recipes list`.") from None
+        raise UserError(
+            f"Cannot read the recipe '{path}': {error}.", "Check the path, or see `xar recipes list`."
+        ) from None
     except yaml.YAMLError as error:
         where = " ".join(str(error).split())
-        raise UserError(f"The recipe '{path}' is not valid YAML: {where}.", "Mend the file at that place.") from None
+        raise UserError(
+            f"The recipe '{path}' is not valid YAML: {where}.", "Mend the file at that place."
+        ) from None
     if not isinstance(values, dict):
-        raise UserError(f"The recipe '{path}' is not a mapping of sections.", "See `xar recipes show tiny` for the form.")
+        raise UserError(
+            f"The recipe '{path}' is not a mapping of sections.", "See `xar recipes show tiny` for the form."
+        )
     for override in overrides:
         _apply_override(values, override)
     return validate(values, str(path))
@@ -78,9 +86,19 @@ def validate(values: Mapping[str, Any], source: str) -> Config:
         ) from None
 
 
+def override(config: Config, overrides: Sequence[str]) -> Config:
+    """A config with `--set` overrides applied, validated again; raises UserError as `load_recipe` does."""
+    values = config.model_dump(mode="json", exclude_none=True)
+    for text in overrides:
+        _apply_override(values, text)
+    return validate(values, config.name)
+
+
 def dump_config(config: Config) -> str:
     """The resolved config as YAML; loading it gives an equal object."""
-    return yaml.safe_dump(config.model_dump(mode="json", exclude_none=True), sort_keys=False, allow_unicode=True)
+    return yaml.safe_dump(
+        config.model_dump(mode="json", exclude_none=True), sort_keys=False, allow_unicode=True
+    )
 
 
 def json_schema() -> str:
@@ -91,17 +109,25 @@ def json_schema() -> str:
 def _apply_override(values: dict[str, Any], override: str) -> None:
     key, equals, text = override.partition("=")
     if not equals or not key:
-        raise UserError(f"'--set {override}' is not of the form section.key=value.", "For example: --set train.epochs=400.")
+        raise UserError(
+            f"'--set {override}' is not of the form section.key=value.",
+            "For example: --set train.epochs=400.",
+        )
     *sections, last = key.split(".")
     place = values
     for section in sections:
         place = place.setdefault(section, {})
         if not isinstance(place, dict):
-            raise UserError(f"'--set {override}': '{section}' holds a value, not a section.", "See `xar recipes show tiny`.")
+            raise UserError(
+                f"'--set {override}': '{section}' holds a value, not a section.",
+                "See `xar recipes show tiny`.",
+            )
     try:
         value = yaml.safe_load(text)
     except yaml.YAMLError:
-        raise UserError(f"'--set {override}': '{text}' is not a YAML value.", "Quote it for your shell.") from None
+        raise UserError(
+            f"'--set {override}': '{text}' is not a YAML value.", "Quote it for your shell."
+        ) from None
     if isinstance(value, dict) and isinstance(place.get(last), dict) and "kind" not in value:
         value = {**place[last], **value}
     place[last] = value
@@ -109,7 +135,9 @@ def _apply_override(values: dict[str, Any], override: str) -> None:
 
 def _describe(fault: Mapping[str, Any]) -> str:
     """One fault of a recipe as a line: where, what, and the nearest known key for an unknown one."""
-    location = [part for part in fault["loc"] if part not in ("kl16", "pixels")]
+    location = list(fault["loc"])
+    if len(location) > 1 and location[0] in ("tokenizer", "entity"):
+        del location[1]  # the kind, which pydantic names between the section and the key
     where = ".".join(str(part) for part in location)
     if fault["type"] == "extra_forbidden":
         match = nearest(str(location[-1]), _known_keys(location[:-1]))

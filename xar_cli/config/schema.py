@@ -5,7 +5,7 @@ Owns every fact about grid, entities, channels and classes. Reads no file (recip
 
 from __future__ import annotations
 
-from typing import Annotated, Literal, Union
+from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
@@ -26,6 +26,7 @@ class DataConfig(Section):
     dataset: str = Field(description="Name of the data set, for people and reports.")
     image_size: int = Field(gt=0, description="Side of the square image in pixels, after the centre crop.")
     image_channels: Literal[1, 3] = Field(3, description="1 for grey images, 3 for RGB.")
+    mirror: bool = Field(True, description="A mirror image is as good to train on; false for digits, letters.")
     num_classes: int = Field(ge=0, description="Number of classes; 0 trains without labels.")
     num_images: int = Field(gt=0, description="Training images, for plans made without the latent cache.")
 
@@ -45,7 +46,7 @@ class PixelsConfig(Section):
     latent_scale: float = Field(1.0, gt=0, description="Factor that brings latents to unit variance.")
 
 
-TokenizerConfig = Annotated[Union[KL16Config, PixelsConfig], Field(discriminator="kind")]
+TokenizerConfig = Annotated[KL16Config | PixelsConfig, Field(discriminator="kind")]
 
 
 class CellEntity(Section):
@@ -104,13 +105,15 @@ class ScaleEntity(Section):
         """Why this entity cannot group a grid, or None."""
         if grid != (self.sizes[-1], self.sizes[-1]):
             return f"the last of entity.sizes, {self.sizes[-1]}, is not the {grid[0]} x {grid[1]} grid"
-        if any(size < 1 or self.sizes[-1] % size for size in self.sizes) or list(self.sizes) != sorted(set(self.sizes)):
+        if any(size < 1 or self.sizes[-1] % size for size in self.sizes) or list(self.sizes) != sorted(
+            set(self.sizes)
+        ):
             return f"entity.sizes {list(self.sizes)} must rise, and each must divide the last"
         return None
 
 
 EntityConfig = Annotated[
-    Union[CellEntity, TokenEntity, ImageEntity, SubsampleEntity, ScaleEntity], Field(discriminator="kind")
+    CellEntity | TokenEntity | ImageEntity | SubsampleEntity | ScaleEntity, Field(discriminator="kind")
 ]
 
 
@@ -118,7 +121,9 @@ class ModelConfig(Section):
     """The network (paper, Table 6)."""
 
     dim: int = Field(gt=0, description="Width D of the hidden states.")
-    depth: int = Field(gt=0, description="Blocks in the encoder stack, and as many again in the decoder stack.")
+    depth: int = Field(
+        gt=0, description="Blocks in the encoder stack, and as many again in the decoder stack."
+    )
     heads: int = Field(gt=0, description="Attention heads; dim / heads must be a multiple of 4 for 2-D RoPE.")
     dropout: float = Field(0.1, ge=0, lt=1, description="Dropout on attention and MLP while training.")
 
@@ -149,13 +154,23 @@ class TrainConfig(Section):
     base_lr: float = Field(gt=0, description="Peak learning rate per 256 images of global batch.")
     min_lr: float = Field(ge=0, description="Learning rate at the end of the run.")
     warmup_fraction: float = Field(ge=0, le=1, description="Part of the run with linear warm-up from 0.")
-    decay_start_fraction: float = Field(ge=0, le=1, description="Part of the run after which lr decays by half a cosine.")
+    decay_start_fraction: float = Field(
+        ge=0, le=1, description="Part of the run after which lr decays by half a cosine."
+    )
     betas: tuple[float, float] = Field((0.9, 0.96), description="AdamW betas.")
     weight_decay: float = Field(0.02, ge=0, description="AdamW weight decay, on matrices only.")
     grad_clip: float = Field(1.0, gt=0, description="Largest global norm of the gradient.")
-    ema_decays: tuple[float, ...] = Field((0.9999,), min_length=1, description="Decays of the weight averages; the first one is sampled by default.")
-    label_dropout: float = Field(0.1, ge=0, le=1, description="Probability that a label becomes the null class.")
-    precision: Literal["bf16", "fp16", "tf32", "fp32"] = Field("bf16", description="Arithmetic of the forward and backward pass.")
+    ema_decays: tuple[float, ...] = Field(
+        (0.9999,),
+        min_length=1,
+        description="Decays of the weight averages; the first one is sampled by default.",
+    )
+    label_dropout: float = Field(
+        0.1, ge=0, le=1, description="Probability that a label becomes the null class."
+    )
+    precision: Literal["bf16", "fp16", "tf32", "fp32"] = Field(
+        "bf16", description="Arithmetic of the forward and backward pass."
+    )
     compile: bool = Field(True, description="Compile the blocks with torch.compile.")
     log_every: int = Field(50, gt=0, description="Steps between records in metrics.jsonl.")
     checkpoint_every: int = Field(gt=0, description="Steps between checkpoints.")
@@ -178,9 +193,13 @@ class TrainConfig(Section):
 class SampleConfig(Section):
     """How images are drawn; the published settings are the defaults of the published recipes."""
 
-    solver: Literal["euler_maruyama", "euler"] = Field("euler_maruyama", description="Integrator inside one entity.")
+    solver: Literal["euler_maruyama", "euler"] = Field(
+        "euler_maruyama", description="Integrator inside one entity."
+    )
     num_steps: int = Field(gt=0, description="Network evaluations per entity.")
-    guidance_scale: float = Field(ge=0, description="Classifier-free guidance of the last entity; 1 is no guidance.")
+    guidance_scale: float = Field(
+        ge=0, description="Classifier-free guidance of the last entity; 1 is no guidance."
+    )
     batch_size: int = Field(64, gt=0, description="Images drawn together on one rank.")
 
     @model_validator(mode="after")
@@ -206,7 +225,9 @@ class Published(Section):
     precision: float | None = Field(None, description="Precision of the same samples.")
     recall: float | None = Field(None, description="Recall of the same samples.")
     parameters: float | None = Field(None, description="Parameters in millions.")
-    images_per_second: float | None = Field(None, description="Sampling speed on one A100, batch 128, 50 steps.")
+    images_per_second: float | None = Field(
+        None, description="Sampling speed on one A100, batch 128, 50 steps."
+    )
 
 
 class Config(Section):
@@ -249,7 +270,9 @@ class Config(Section):
     @model_validator(mode="after")
     def _check(self) -> Config:
         if self.data.image_size % self.stride:
-            raise ValueError(f"data.image_size {self.data.image_size} is not a multiple of the tokenizer's {self.stride} pixels")
+            raise ValueError(
+                f"data.image_size {self.data.image_size} is not a multiple of the tokenizer's {self.stride} pixels"
+            )
         if self.tokenizer.kind == "kl16" and self.data.image_channels != 3:
             raise ValueError("tokenizer kl16 needs data.image_channels: 3")
         misfit = self.entity.misfit(self.grid)

@@ -5,13 +5,16 @@ Legend: B batch, N tokens of this call, S tokens of the context before it, D wid
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from functools import lru_cache
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from xar_cli.model.rope import rotate
 
-MAX_UNMASKED_CALLS = 16  # up to this many entities, one unmasked call each is cheaper than one masked call
+MIN_UNMASKED_LENGTH = 32  # entities of at least this many tokens get an unmasked call each
 
 
 class KVCache:
@@ -26,7 +29,14 @@ class KVCache:
     """
 
     def __init__(
-        self, layers: int, batch: int, heads: int, tokens: int, head_dim: int, device: torch.device, dtype: torch.dtype
+        self,
+        layers: int,
+        batch: int,
+        heads: int,
+        tokens: int,
+        head_dim: int,
+        device: torch.device,
+        dtype: torch.dtype,
     ) -> None:
         self.keys = torch.empty(layers, batch, heads, tokens, head_dim, device=device, dtype=dtype)
         self.values = torch.empty_like(self.keys)
@@ -38,21 +48,37 @@ class KVCache:
         view.keys, view.values, view.length = self.keys[:, :count], self.values[:, :count], self.length
         return view
 
-    def extend(self, layer: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
-        """Put (B, H, N, E) keys and values behind the committed ones; both together, (B, H, S + N, E) views."""
-        end = self.length + keys.shape[2]
-        self.keys[layer, :, :, self.length : end] = keys
-        self.values[layer, :, :, self.length : end] = values
-        return self.keys[layer, :, :, :end], self.values[layer, :, :, :end]
+    def layer(self, number: int) -> LayerCache:
+        """The part of one layer, as its attention needs it for one pass."""
+        return LayerCache(self.keys[number], self.values[number], self.length)
 
     def commit(self, tokens: int) -> None:
         """Keep the `tokens` newest keys and values, which the last pass wrote."""
         self.length += tokens
 
 
+@dataclass(frozen=True)
+class LayerCache:
+    """Keys and values of one layer (B, H, capacity, E), of which the first `length` tokens are committed."""
+
+    keys: Tensor
+    values: Tensor
+    length: int
+
+    def extend(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+        """Put (B, H, N, E) keys and values behind the committed ones; both together, (B, H, S + N, E) views."""
+        end = self.length + keys.shape[2]
+        self.keys[:, :, self.length : end] = keys
+        self.values[:, :, self.length : end] = values
+        return self.keys[:, :, :end], self.values[:, :, :end]
+
+
+@lru_cache(maxsize=32)
 def block_causal_mask(lengths: tuple[int, ...], past: int = 0, device: torch.device | None = None) -> Tensor:
     """(N, past + N) bool, True where a token may look: its own entity, all earlier ones, the past."""
-    entity = torch.repeat_interleave(torch.arange(len(lengths), device=device), torch.tensor(lengths, device=device))
+    entity = torch.repeat_interleave(
+        torch.arange(len(lengths), device=device), torch.tensor(lengths, device=device)
+    )
     mask = entity[:, None] >= entity[None, :]
     return F.pad(mask, (past, 0), value=True)
 
@@ -62,8 +88,8 @@ def block_causal_attention(
 ) -> Tensor:
     """Attention in which an entity sees itself, all earlier entities and the past.
 
-    With few entities this is one unmasked call each over a prefix of the keys: only the visible area is
-    computed and fused kernels apply, with dropout too. With many it is one call with a mask.
+    With large entities this is one unmasked call each over a prefix of the keys: only the visible area is
+    computed and fused kernels apply, with dropout too. With small ones it is a single call with a mask.
 
     Args:
         queries: (B, H, N, E), the tokens of len(lengths) entities.
@@ -75,7 +101,7 @@ def block_causal_attention(
         (B, H, N, E).
     """
     past = keys.shape[2] - queries.shape[2]
-    if len(lengths) > MAX_UNMASKED_CALLS:
+    if len(lengths) > 1 and min(lengths) < MIN_UNMASKED_LENGTH:
         mask = block_causal_mask(lengths, past, queries.device)
         return F.scaled_dot_product_attention(queries, keys, values, attn_mask=mask, dropout_p=dropout)
     parts, start = [], 0
@@ -101,15 +127,13 @@ class Attention(nn.Module):
         self.qkv = nn.Linear(dim, 3 * dim)
         self.proj = nn.Linear(dim, dim)
 
-    def forward(
-        self, h: Tensor, rope: Tensor, lengths: tuple[int, ...], cache: KVCache | None = None, layer: int = 0
-    ) -> Tensor:
+    def forward(self, h: Tensor, rope: Tensor, lengths: tuple[int, ...], cache: LayerCache | None) -> Tensor:
         """(B, N, D) -> (B, N, D); `rope` (2, N, E/2); `lengths` the tokens of each entity among the N."""
         qkv = self.qkv(h).unflatten(-1, (3, self.heads, -1))  # (B, N, 3, H, E)
         q, k, v = qkv.permute(2, 0, 3, 1, 4)  # (B, H, N, E) each
         q, k = rotate(q, rope), rotate(k, rope)
         if cache is not None:
-            k, v = cache.extend(layer, k, v)
+            k, v = cache.extend(k, v)
         out = block_causal_attention(q, k, v, lengths, self.dropout if self.training else 0.0)
         out = self.proj(out.transpose(1, 2).flatten(2))
         return F.dropout(out, self.dropout, self.training)

@@ -103,10 +103,14 @@ def build_grouping(entity: EntityConfig, grid: tuple[int, int]) -> Grouping:
     if entity.kind == "subsample":
         stride = entity.stride
         raster = torch.arange(height * width).view(height, width)
-        return _permuted(grid, [raster[j // stride :: stride, j % stride :: stride] for j in range(stride**2)])
+        return _permuted(
+            grid, [raster[j // stride :: stride, j % stride :: stride] for j in range(stride**2)]
+        )
     sizes = tuple((size, size) for size in entity.sizes)
     centres = [
-        torch.cartesian_prod((torch.arange(h) + 0.5) * height / h - 0.5, (torch.arange(w) + 0.5) * width / w - 0.5)
+        torch.cartesian_prod(
+            (torch.arange(h) + 0.5) * height / h - 0.5, (torch.arange(w) + 0.5) * width / w - 0.5
+        )
         for h, w in sizes
     ]
     return ScalePyramid(grid, tuple(h * w for h, w in sizes), torch.cat(centres), sizes)

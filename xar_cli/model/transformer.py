@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from xar_cli.config.schema import Config
-from xar_cli.model.attention import Attention, KVCache
+from xar_cli.model.attention import Attention, KVCache, LayerCache
 from xar_cli.model.entities import build_grouping
 from xar_cli.model.rope import rope_table
 
@@ -35,7 +35,13 @@ class XAR(nn.Module):
     def __init__(self, config: Config) -> None:
         super().__init__()
         dim, depth, heads = config.model.dim, config.model.depth, config.model.heads
-        self.grouping = build_grouping(config.entity, config.grid)
+        self.dim, self.heads = dim, heads
+        # Made on the CPU even when the module is built on the meta device, so they never need filling in.
+        with torch.device("cpu"):
+            self.grouping = build_grouping(config.entity, config.grid)
+            self.register_buffer(
+                "rope", rope_table(self.grouping.coordinates, config.model.head_dim), persistent=False
+            )
         self.null_label = config.null_label
         tokens, channels = self.grouping.num_tokens, config.latent_channels
 
@@ -47,7 +53,9 @@ class XAR(nn.Module):
         self.token_norm = RMSNorm(dim)
 
         def stack() -> nn.ModuleList:
-            return nn.ModuleList(Block(dim, heads, config.model.mlp_hidden, config.model.dropout) for _ in range(depth))
+            return nn.ModuleList(
+                Block(dim, heads, config.model.mlp_hidden, config.model.dropout) for _ in range(depth)
+            )
 
         self.encoder = stack()
         self.encoder_norm = RMSNorm(dim)
@@ -55,15 +63,11 @@ class XAR(nn.Module):
         self.decoder = stack()
         self.decoder_norm = RMSNorm(dim)
         self.velocity_proj = nn.Linear(dim, channels)
-        # Computed on the CPU even when the module is built on the meta device, so it never needs filling in.
-        with torch.device("cpu"):
-            table = rope_table(self.grouping.coordinates, config.model.head_dim)
-        self.register_buffer("rope", table, persistent=False)
 
     @property
-    def blocks(self) -> list[Block]:
+    def blocks(self) -> list[nn.Module]:
         """All blocks, encoder stack first."""
-        return [*self.encoder, *self.decoder]  # type: ignore[list-item]
+        return [*self.encoder, *self.decoder]
 
     def forward(
         self, x_t: Tensor, t: Tensor, labels: Tensor, first_entity: int = 0, cache: KVCache | None = None
@@ -90,23 +94,22 @@ class XAR(nn.Module):
         h = self.token_proj(x_t) + self.pos_encoder[:, place]  # (B, N, D)
         h = self.token_norm(h)
         for layer, block in enumerate(self.encoder):
-            h = block(h, condition, rope, lengths, cache, layer)
+            h = block(h, condition, rope, lengths, cache.layer(layer) if cache else None)
         h = self.decoder_proj(self.encoder_norm(h)) + self.pos_decoder[:, place]
         for layer, block in enumerate(self.decoder, start=len(self.encoder)):
-            h = block(h, condition, rope, lengths, cache, layer)
+            h = block(h, condition, rope, lengths, cache.layer(layer) if cache else None)
         return self.velocity_proj(self.decoder_norm(h))  # (B, N, C)
 
     def condition(self, t: Tensor, labels: Tensor) -> Tensor:
         """(B, K) timesteps and (B,) labels -> (B, K, D): class embedding plus time embedding."""
-        time = self.time_mlp(timestep_sinusoid(t).to(self.time_mlp[0].weight.dtype))
+        time = self.time_mlp(timestep_sinusoid(t).to(self.class_embedding.weight.dtype))
         return self.class_embedding(labels)[:, None] + time
 
     def new_cache(self, batch: int, dtype: torch.dtype) -> KVCache:
         """An empty cache that holds a whole sequence for `batch` rows."""
-        heads = self.encoder[0].attention.heads
         return KVCache(
-            len(self.encoder) + len(self.decoder), batch, heads, self.grouping.num_tokens,
-            self.pos_encoder.shape[2] // heads, self.pos_encoder.device, dtype,
+            layers=len(self.blocks), batch=batch, heads=self.heads, tokens=self.grouping.num_tokens,
+            head_dim=self.dim // self.heads, device=self.rope.device, dtype=dtype,
         )  # fmt: skip
 
 
@@ -120,11 +123,18 @@ class Block(nn.Module):
         self.modulation = nn.Linear(dim, 6 * dim)
 
     def forward(
-        self, h: Tensor, condition: Tensor, rope: Tensor, lengths: tuple[int, ...], cache: KVCache | None, layer: int
+        self,
+        h: Tensor,
+        condition: Tensor,
+        rope: Tensor,
+        lengths: tuple[int, ...],
+        cache: LayerCache | None,
     ) -> Tensor:
         """h (B, N, D), condition (B, K, D) after its SiLU -> (B, N, D)."""
-        gate_attn, gate_mlp, scale_attn, scale_mlp, shift_attn, shift_mlp = self.modulation(condition).chunk(6, dim=-1)
-        update = self.attention(modulate(h, scale_attn, shift_attn, lengths), rope, lengths, cache, layer)
+        gate_attn, gate_mlp, scale_attn, scale_mlp, shift_attn, shift_mlp = self.modulation(condition).chunk(
+            6, dim=-1
+        )
+        update = self.attention(modulate(h, scale_attn, shift_attn, lengths), rope, lengths, cache)
         h = h + gated(update, gate_attn, lengths)
         update = self.mlp(modulate(h, scale_mlp, shift_mlp, lengths))
         return h + gated(update, gate_mlp, lengths)

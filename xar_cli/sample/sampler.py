@@ -73,8 +73,8 @@ def sample_latents(
             if scale == 1:
                 return model(x, _timestep(t, x), row_labels, j, entity_cache)
             x = torch.cat([x, x])
-            v = model(x, _timestep(t, x), row_labels, j, entity_cache)
-            return guided_velocity(*v.float().chunk(2), scale)
+            conditional, unconditional = model(x, _timestep(t, x), row_labels, j, entity_cache).float().chunk(2)
+            return guided_velocity(conditional, unconditional, scale)
 
         drawn = noise.draw(j, length, steps)
         result = solver(velocity, drawn[0], steps, lambda i, drawn=drawn: drawn[i + 1])  # type: ignore[misc]

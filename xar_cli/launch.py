@@ -1,0 +1,187 @@
+"""How a stage's function gets its processes: this one, under torch's elastic launcher, or already inside a job.
+
+The settings cross the process border once, as one JSON file that every worker reads. Knows no stage.
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+import os
+import sys
+import tempfile
+from collections.abc import Mapping, MutableMapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from xar_cli.config.schema import Section
+from xar_cli.errors import UserError
+from xar_cli.logs import log, setup_logs
+
+SETTINGS_FILE = "settings.json"
+ERROR_FILE = "user-error.json"
+MINUTES_TO_MEET = 10  # how long the machines of a job wait for each other
+
+
+@dataclass(frozen=True)
+class LaunchOptions:
+    """How many processes, and where.
+
+    Attributes:
+        nproc_per_node: processes on each machine.
+        nnodes: machines.
+        node_rank: number of this machine, 0 to nnodes - 1; machine 0 hosts the meeting point.
+        rdzv_endpoint: host:port of machine 0; needed with more than one machine.
+        max_restarts: how often the processes are started again after one of them failed.
+    """
+
+    nproc_per_node: int = 1
+    nnodes: int = 1
+    node_rank: int = 0
+    rdzv_endpoint: str = ""
+    max_restarts: int = 0
+
+    @property
+    def world_size(self) -> int:
+        """Processes in all."""
+        return self.nproc_per_node * self.nnodes
+
+    def check(self) -> None:
+        """Raise a UserError for numbers that make no job."""
+        if self.nproc_per_node < 1 or self.nnodes < 1 or not 0 <= self.node_rank < self.nnodes:
+            raise UserError(
+                f"Node {self.node_rank} of {self.nnodes} with {self.nproc_per_node} processes makes no job.",
+                "--nproc-per-node and --nnodes are at least 1, and --node-rank counts from 0.",
+            )
+        host, _, port = self.rdzv_endpoint.rpartition(":")
+        if self.nnodes > 1 and not (host and port.isdigit()):
+            raise UserError(
+                f"{self.nnodes} machines need a place to meet, and '{self.rdzv_endpoint}' is not one.",
+                "Give every machine the same --rdzv-endpoint HOST:PORT, with the host of machine 0.",
+            )
+
+
+def run(stage: str, settings: Section, options: LaunchOptions) -> Mapping[str, Any]:
+    """Run a stage's function in as many processes as asked for, and give what rank 0 returned.
+
+    Inside somebody's torchrun, or as a task of `srun`, this process joins as the rank that it is and the options are
+    not used. Otherwise one process runs it right here, and more run under torch's elastic launcher.
+
+    Args:
+        stage: `module:function`; the function takes the settings and returns JSON-ready values.
+        settings: a pydantic model; sent to the workers as JSON.
+        options: how many processes, and where.
+
+    Raises:
+        UserError: as the stage raised it in a worker, or the machines did not meet in time.
+        SystemExit: a worker failed otherwise; its traceback is on stderr.
+    """
+    if join_job(os.environ):
+        setup_logs(int(os.environ["RANK"]))
+        return _function(stage)(settings)
+    options.check()
+    if options.world_size == 1:
+        setup_logs()
+        return _function(stage)(settings)
+    return _launch(stage, settings, options)
+
+
+def join_job(environment: MutableMapping[str, str]) -> bool:
+    """Whether this process is one of a job already; under Slurm, RANK and the like are filled in from its variables."""
+    if "RANK" in environment and "WORLD_SIZE" in environment:
+        return True
+    if int(environment.get("SLURM_NTASKS", "1")) < 2 or "SLURM_PROCID" not in environment:
+        return False
+    if environment.get("SLURM_STEP_NODELIST") is None:  # inside sbatch, but not started by srun
+        return False
+    job = int(environment["SLURM_JOB_ID"])
+    environment.update(
+        RANK=environment["SLURM_PROCID"],
+        WORLD_SIZE=environment["SLURM_NTASKS"],
+        LOCAL_RANK=environment["SLURM_LOCALID"],
+        MASTER_ADDR=environment.get("MASTER_ADDR") or first_host(environment["SLURM_STEP_NODELIST"]),
+        MASTER_PORT=environment.get("MASTER_PORT") or str(20000 + job % 20000),
+    )
+    return True
+
+
+def first_host(nodelist: str) -> str:
+    """The first host of a Slurm node list: 'gpu[07-09,12],cpu1' -> 'gpu07'."""
+    prefix, bracket, rest = nodelist.partition("[")
+    if not bracket or "," in prefix:
+        return nodelist.split(",")[0]
+    number = rest.split("]")[0].split(",")[0].split("-")[0]
+    return prefix + number
+
+
+def _launch(stage: str, settings: Section, options: LaunchOptions) -> Mapping[str, Any]:
+    """Start the workers of this machine under torch's elastic launcher and wait for them."""
+    from torch.distributed.elastic.multiprocessing import SignalException
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    from torch.distributed.elastic.rendezvous.api import RendezvousError
+    from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+
+    single = options.nnodes == 1
+    config = LaunchConfig(
+        min_nodes=options.nnodes,
+        max_nodes=options.nnodes,
+        nproc_per_node=options.nproc_per_node,
+        run_id=f"xar-{stage}",
+        rdzv_backend="c10d",
+        rdzv_endpoint="localhost:0" if single else options.rdzv_endpoint,
+        rdzv_configs={"is_host": options.node_rank == 0, "timeout": 60 * MINUTES_TO_MEET},
+        max_restarts=options.max_restarts,
+        start_method="spawn",
+        monitor_interval=0.2,
+    )
+    # Some cores for each worker, unless the person has said how many.
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // options.nproc_per_node)))
+    setup_logs()
+    with tempfile.TemporaryDirectory(prefix="xar-launch-") as name:
+        folder = Path(name)
+        (folder / SETTINGS_FILE).write_text(settings.model_dump_json(), encoding="utf-8")
+        target = f"{type(settings).__module__}:{type(settings).__qualname__}"
+        try:
+            results = elastic_launch(config, _worker)(stage, target, str(folder))
+        except ChildFailedError as error:
+            _raise_user_error(folder)
+            rank, failure = error.get_first_failure()
+            log.error("Rank %s failed:\n%s", rank, failure.message)
+            raise SystemExit(failure.exitcode if failure.exitcode > 0 else 1) from None
+        except SignalException as error:
+            _raise_user_error(folder)
+            raise SystemExit(128 + error.sigval) from None
+        except RendezvousError as error:
+            raise UserError(
+                f"The {options.nnodes} machines did not meet at {options.rdzv_endpoint}: {error}.",
+                "Check that machine 0 is up, that the port is free and open, and that all name the same endpoint.",
+                exit_code=1,
+            ) from None
+    return results[min(results)]
+
+
+def _raise_user_error(folder: Path) -> None:
+    """Raise the UserError that a worker left behind, if one did."""
+    path = folder / ERROR_FILE
+    if path.exists():
+        raise UserError(**json.loads(path.read_text(encoding="utf-8")))
+
+
+def _worker(stage: str, settings_class: str, folder: str) -> Mapping[str, Any]:
+    """What runs in every started process."""
+    setup_logs(int(os.environ["RANK"]))
+    text = (Path(folder) / SETTINGS_FILE).read_text(encoding="utf-8")
+    try:
+        return _function(stage)(_function(settings_class).model_validate_json(text))
+    except UserError as error:
+        fields = {"message": error.message, "next_step": error.next_step, "exit_code": error.exit_code}
+        temporary = Path(folder) / f"{ERROR_FILE}.{os.getpid()}"
+        temporary.write_text(json.dumps(fields), encoding="utf-8")
+        temporary.replace(Path(folder) / ERROR_FILE)
+        sys.exit(error.exit_code)
+
+
+def _function(path: str) -> Any:
+    module, _, name = path.partition(":")
+    return getattr(importlib.import_module(module), name)

@@ -1,0 +1,165 @@
+"""`xar quickstart`: the four stages, one after another, on real handwritten digits.
+
+Calls the same functions as the commands, with the same settings objects; owns only their order, the length of the
+training run, and the closing picture.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+from PIL import Image, ImageDraw, ImageFont
+from safetensors.torch import save_file
+
+from xar_cli.cache.stage import cache_latents
+from xar_cli.config import Config, load_config_file, load_recipe
+from xar_cli.config.recipes import override
+from xar_cli.data.digits import write_digits
+from xar_cli.distributed import pick_device
+from xar_cli.errors import UserError
+from xar_cli.evaluate import evaluate
+from xar_cli.logs import log
+from xar_cli.run_dir import RunDir, write_json
+from xar_cli.sample.images import grid_image, image_path
+from xar_cli.sample.stage import MANIFEST, SampleSettings, sample
+from xar_cli.train.loop import TrainSettings, seconds_per_step, train
+from xar_cli.train.plan import make_plan
+from xar_cli.train.state import TrainState
+
+RECIPE = "tiny"
+RESULT = "quickstart.json"
+GRID_COLUMNS = 8  # digits of each class in the picture, generated and real
+SHARE_OF_TRAINING = 0.6  # of the minutes given; sampling and judging need the rest
+CAPTION_PIXELS = 24
+
+
+def quickstart(out: Path, seed: int, minutes: float, device: str = "auto") -> dict[str, Any]:
+    """From digits to a Frechet distance; goes on from what is there already.
+
+    Args:
+        out: folder for everything that is written.
+        seed: of training and sampling.
+        minutes: time that it may take on a quiet machine; training is shortened to fit.
+        device: auto, cpu, cuda or cuda:N.
+
+    Returns:
+        What `--json` prints: metrics, yardsticks, seconds, and the paths of everything written.
+
+    Raises:
+        UserError: `out` holds a quickstart with another seed; else as the stages raise it.
+    """
+    began = time.monotonic()
+    run, cache, result_file = RunDir(out / "run"), out / "latents.h5", out / RESULT
+    config = load_config_file(run.config) if run.exists() else load_recipe(RECIPE, [f"train.seed={seed}"])
+    if config.train.seed != seed:
+        raise UserError(
+            f"'{out}' holds a quickstart with seed {config.train.seed}.",
+            f"Give another --out, or --seed {config.train.seed}.",
+        )
+    if result_file.exists():
+        log.info("'%s' holds a finished quickstart: this is its result. Remove the folder to begin anew.", out)
+        return dict(json.loads(result_file.read_text(encoding="utf-8")))
+
+    log.info("1/5  digits: real handwritten ones, as two image folders")
+    train_folder, heldout_folder = write_digits(out / "digits")
+
+    log.info("2/5  cache-latents")
+    cache_latents(train_folder, cache, config, device=device, flip="encode" if config.data.mirror else "none")
+
+    log.info("3/5  train")
+    if not run.exists():
+        config = shorten_to_fit(config, cache, device, minutes * 60 * SHARE_OF_TRAINING)
+    train(TrainSettings(config=config, data=cache, out=run.root, device=device))
+
+    log.info("4/5  sample: from the trained network, and from an untrained one for comparison")
+    samples = draw(config, run.root, out / "samples", seed, device)
+    untrained = draw(
+        config, write_untrained(config, out / "untrained.safetensors"), out / "samples-untrained", seed, device
+    )
+    grid = out / "digits.png"
+    save_comparison(samples, train_folder, grid)
+
+    log.info("5/5  fid: judged by a classifier that never saw a generated digit")
+    protocol = config.evaluate.protocol
+    ours = evaluate(samples, train_folder, protocol)
+    result = {
+        "class_accuracy": ours.class_accuracy,
+        "frechet_distance": ours.frechet_distance,
+        "frechet_floor": evaluate(heldout_folder, train_folder, protocol).frechet_distance,
+        "frechet_ceiling": evaluate(untrained, train_folder, protocol).frechet_distance,
+        "seconds": time.monotonic() - began,
+        "paths": {
+            "grid": str(grid),
+            "samples": str(samples),
+            "run": str(run.root),
+            "latents": str(cache),
+            "train_images": str(train_folder),
+            "heldout_images": str(heldout_folder),
+            "result": str(result_file),
+        },
+    }
+    write_json(result_file, result)
+    return result
+
+
+def shorten_to_fit(config: Config, cache: Path, device: str, seconds: float) -> Config:
+    """The config with as many epochs as fit into `seconds` on this machine, the recipe's own number at most.
+
+    A few steps are timed once. From then on the length is a fact of the run like any other, and resuming keeps it.
+    """
+    plan = make_plan(config, 1, config.data.num_images)
+    steps = int(seconds / seconds_per_step(config, cache, device))
+    if steps >= plan.total_steps:
+        return config
+    epochs = max(1, steps * plan.global_batch_size // plan.num_images)
+    log.info("This machine fits %d of the recipe's %g epochs into the time given.", epochs, config.train.epochs)
+    return override(config, [f"train.epochs={epochs}"])
+
+
+def draw(config: Config, weights: Path, out: Path, seed: int, device: str) -> Path:
+    """As many samples as the recipe judges by, all classes alike; the folder they are in."""
+    sample(
+        SampleSettings(
+            config=config,
+            weights=str(weights),
+            out=out,
+            count=config.evaluate.count,
+            seed=seed,
+            classes=tuple(range(config.data.num_classes)),
+            device=device,
+        )
+    )
+    return out
+
+
+def write_untrained(config: Config, path: Path) -> Path:
+    """Weights of the network before its first step, as a file."""
+    save_file(dict(TrainState.fresh(config, pick_device("cpu")).model.named_parameters()), path)
+    return path
+
+
+def save_comparison(samples: Path, real: Path, path: Path) -> None:
+    """A picture with a row for each class: generated digits on the left, real ones on the right."""
+    labels = json.loads((samples / MANIFEST).read_text(encoding="utf-8"))["labels"]
+    generated_paths, real_paths = [], []
+    for label in sorted(set(labels)):
+        places = [index for index, other in enumerate(labels) if other == label]
+        generated_paths += [image_path(samples, index) for index in places[:GRID_COLUMNS]]
+        real_paths += sorted((real / str(label)).iterdir())[:GRID_COLUMNS]
+    left, right = (grid_image([_open(file) for file in files], GRID_COLUMNS) for files in (generated_paths, real_paths))
+    gap = CAPTION_PIXELS
+    picture = Image.new("RGB", (left.width + gap + right.width, left.height + CAPTION_PIXELS), "white")
+    picture.paste(left, (0, CAPTION_PIXELS))
+    picture.paste(right, (left.width + gap, CAPTION_PIXELS))
+    pen, font = ImageDraw.Draw(picture), ImageFont.load_default(size=16)
+    pen.text((4, 2), "generated", fill="black", font=font)
+    pen.text((left.width + gap + 4, 2), "real", fill="black", font=font)
+    picture.save(path)
+
+
+def _open(path: Path) -> Image.Image:
+    with Image.open(path) as image:
+        return image.copy()

@@ -1,0 +1,147 @@
+"""What a run will be, before anything is touched: batch arithmetic, steps, learning rate, memory, disk.
+
+Pure arithmetic on the config; opens no file and builds no tensor except on the meta device.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from xar_cli.config.schema import Config
+from xar_cli.errors import UserError
+from xar_cli.model import XAR
+from xar_cli.model.transformer import count_parameters
+from xar_cli.run_dir import format_bytes
+
+FLOAT_BYTES = 4
+ADAM_STATES = 2
+
+
+@dataclass(frozen=True)
+class TrainPlan:
+    """The numbers of a run.
+
+    Attributes:
+        parameters: of the network, without padding.
+        num_images: samples in the cache.
+        world_size: ranks R.
+        batch_size_per_rank: images of one forward pass on one rank.
+        accumulation_steps: forward passes A per optimizer step; global batch = R * A * batch_size_per_rank.
+        global_batch_size: images per optimizer step.
+        total_steps: optimizer steps of the whole run.
+        peak_lr: learning rate after warm-up.
+        warmup_steps, decay_start_step: where the schedule turns.
+        memory_bytes: estimate for one rank: weights, gradients, optimizer, averages, activations.
+        checkpoint_bytes: size of one checkpoint.
+        disk_bytes: what the run folder needs at most: the kept checkpoints and one being written.
+    """
+
+    parameters: int
+    num_images: int
+    world_size: int
+    batch_size_per_rank: int
+    accumulation_steps: int
+    global_batch_size: int
+    total_steps: int
+    peak_lr: float
+    warmup_steps: int
+    decay_start_step: int
+    memory_bytes: int
+    checkpoint_bytes: int
+    disk_bytes: int
+
+    def as_dict(self) -> dict[str, Any]:
+        """The plan as JSON-ready values."""
+        return asdict(self)
+
+
+def make_plan(config: Config, world_size: int, num_images: int) -> TrainPlan:
+    """Work out a run.
+
+    Raises:
+        UserError: the global batch cannot be divided over the ranks, or the cache holds less than one batch.
+    """
+    train = config.train
+    accumulation = accumulation_steps(train.global_batch_size, world_size, train.max_batch_per_rank)
+    if num_images < train.global_batch_size:
+        raise UserError(
+            f"The cache holds {num_images} images, fewer than one global batch of {train.global_batch_size}.",
+            "Use a smaller batch: --set train.global_batch_size=N.",
+        )
+    with torch.device("meta"):
+        model = XAR(config)
+    stored = sum(parameter.numel() for parameter in model.parameters()) * FLOAT_BYTES
+    batch = train.global_batch_size // (world_size * accumulation)
+    total_steps = math.ceil(train.epochs * num_images / train.global_batch_size)
+    averages = len(train.ema_decays)
+    checkpoint = stored * (1 + ADAM_STATES + averages)
+    return TrainPlan(
+        parameters=count_parameters(model),
+        num_images=num_images,
+        world_size=world_size,
+        batch_size_per_rank=batch,
+        accumulation_steps=accumulation,
+        global_batch_size=train.global_batch_size,
+        total_steps=total_steps,
+        peak_lr=train.lr,
+        warmup_steps=round(train.warmup_fraction * total_steps),
+        decay_start_step=round(train.decay_start_fraction * total_steps),
+        memory_bytes=stored * (2 + ADAM_STATES + averages) + batch * activation_bytes(config, model),
+        checkpoint_bytes=checkpoint,
+        disk_bytes=checkpoint * (train.keep_last + 1),
+    )
+
+
+def accumulation_steps(global_batch_size: int, world_size: int, max_batch_per_rank: int) -> int:
+    """The fewest forward passes per optimizer step that keep a rank's batch within its limit.
+
+    Raises:
+        UserError: the ranks do not divide the global batch; the possible numbers of ranks are named.
+    """
+    if global_batch_size % world_size:
+        possible = [n for n in range(1, global_batch_size + 1) if global_batch_size % n == 0]
+        near = sorted(possible, key=lambda n: abs(n - world_size))[:4]
+        raise UserError(
+            f"A global batch of {global_batch_size} cannot be divided over {world_size} ranks.",
+            f"Use {', '.join(map(str, sorted(near)))} ranks, or another --set train.global_batch_size=N.",
+        )
+    per_rank = global_batch_size // world_size
+    return next(a for a in range(1, per_rank + 1) if per_rank % a == 0 and per_rank // a <= max_batch_per_rank)
+
+
+def activation_bytes(config: Config, model: XAR) -> int:
+    """Estimate of what one image keeps for the backward pass.
+
+    Per token and block, in values of the compute dtype: the residual stream twice (in float32), the two modulated
+    inputs, q, k, v, the attention output and its projection, and three hidden rows of the MLP.
+    """
+    size = 2 if config.train.precision in ("bf16", "fp16") else 4
+    dim, hidden = config.model.dim, config.model.mlp_hidden
+    per_token = 2 * dim * FLOAT_BYTES + (7 * dim + 3 * hidden) * size
+    return model.grouping.num_tokens * len(model.blocks) * per_token
+
+
+def describe_plan(config: Config, plan: TrainPlan, out: Path) -> list[tuple[str, str]]:
+    """The plan as rows of a table for people."""
+    made_of = f"{plan.world_size} ranks x {plan.accumulation_steps} accumulation x {plan.batch_size_per_rank} images"
+    rows = [
+        ("recipe", f"{config.name}: {config.description}"),
+        ("parameters", f"{plan.parameters / 1e6:.1f} M"),
+        ("data", f"{config.data.dataset}, {plan.num_images:,} images of {config.data.image_size} pixels"),
+        ("entities", f"{config.entity.kind}, {config.grid[0]} x {config.grid[1]} tokens"),
+        ("global batch", f"{plan.global_batch_size} = {made_of}"),
+        ("steps", f"{plan.total_steps:,} ({config.train.epochs:g} epochs)"),
+        ("learning rate", f"{plan.peak_lr:g} after {plan.warmup_steps:,} steps, falling from step {plan.decay_start_step:,} to {config.train.min_lr:g}"),
+        ("precision", config.train.precision),
+        ("memory per rank", f"about {format_bytes(plan.memory_bytes)} (estimate)"),
+        ("checkpoint", f"{format_bytes(plan.checkpoint_bytes)} each, the last {config.train.keep_last} kept"),
+        ("written to", str(out)),
+    ]  # fmt: skip
+    if config.published and config.published.fid:
+        rows.append(("published FID", f"{config.published.fid} ({config.published.source})"))
+    return rows
