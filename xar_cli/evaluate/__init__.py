@@ -1,5 +1,5 @@
-"""The `fid` stage: how near generated images come to real ones, by protocols that are named with every number."""
+"""The `fid` stage: how near generated images come to real ones, by protocols named with every number."""
 
-from xar_cli.evaluate.evaluation import Evaluation, evaluate
+from xar_cli.evaluate.evaluation import Evaluation, Settings, evaluate, make_statistics
 
-__all__ = ["Evaluation", "evaluate"]
+__all__ = ["Evaluation", "Settings", "evaluate", "make_statistics"]

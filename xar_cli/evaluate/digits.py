@@ -1,7 +1,7 @@
-"""The network of the `digits` protocol: a small classifier of 8 x 8 digits, as a torch-fidelity feature extractor.
+"""The network of the `digits` protocol: a small classifier of 8 x 8 digits, as a torch-fidelity extractor.
 
-Owns the architecture and its shipped weights. It was trained on real digits alone (benchmarks/train_digit_classifier.py)
-and never saw a generated image. B is the batch; the legend of shapes is (B, channels, height, width).
+Owns the architecture and its shipped weights. It was trained on real digits alone
+(benchmarks/train_digit_classifier.py) and never saw a generated image. B is the batch.
 """
 
 from __future__ import annotations
@@ -65,9 +65,7 @@ class DigitFeatures(FeatureExtractorBase):
     def forward(self, images: Tensor) -> tuple[Tensor, ...]:
         """The requested features, each (B, width) float32."""
         if images.dtype != torch.uint8 or images.ndim != 4 or images.shape[2:] != (IMAGE_SIZE, IMAGE_SIZE):
-            raise ValueError(
-                f"expected (B, channels, 8, 8) uint8 images, got {tuple(images.shape)} {images.dtype}"
-            )
+            raise ValueError(f"expected (B, channels, 8, 8) uint8 images, got {tuple(images.shape)} {images.dtype}")
         grey = images.float().mean(dim=1, keepdim=True)
         features, logits = self.net(grey / 127.5 - 1)
         found = {str(FEATURES): features, "logits": logits}

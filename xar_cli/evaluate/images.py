@@ -1,7 +1,7 @@
-"""Where the images to be judged come from: a folder, an ADM .npz, an HDF5 file, or arrays in memory.
+"""Where the images to be judged come from: a folder, an ADM .npz, an HDF5 file, arrays, or a generator.
 
-Owns opening, checking and reading them as 8-bit RGB, their labels and their content hash. Knows nothing of networks.
-Shapes: N images, H x W pixels.
+Owns opening, checking and reading them as 8-bit RGB, their labels and their content hash. Knows nothing of
+networks. Legend: N images of H x W pixels.
 """
 
 from __future__ import annotations
@@ -9,18 +9,22 @@ from __future__ import annotations
 import hashlib
 import json
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import h5py
 import numpy as np
 from PIL import Image
 
+from xar_cli.data.images import BadImageError, is_hidden, load_image, printable
 from xar_cli.errors import UserError
 
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg")
+HDF5_SUFFIXES = (".h5", ".hdf5")
 MANIFEST = "manifest.json"
 MANIFEST_FORMAT = "xar-samples"
+HASH_BLOCK = 256  # images hashed at a time
 
 
 class ImageSet(ABC):
@@ -31,12 +35,14 @@ class ImageSet(ABC):
         labels: (N,) int64 class of each image, or None where nobody says.
         class_names: name of each class, or None.
         manifest: what `xar sample` wrote beside the images; None for real images.
+        generated: whether they come out of a model while they are read.
     """
 
     name: str
     labels: np.ndarray | None = None
-    class_names: list[str] | None = None
+    class_names: Sequence[str] | None = None
     manifest: Mapping[str, Any] | None = None
+    generated = False
 
     @abstractmethod
     def __len__(self) -> int:
@@ -47,47 +53,57 @@ class ImageSet(ABC):
         """Image `index` as (H, W, 3) uint8; grey is repeated in the three channels.
 
         Raises:
-            UserError: the image cannot be read, or has transparent pixels or more than 8 bits.
+            BadImageError: the image cannot be read or judged.
         """
 
     @abstractmethod
     def content_hash(self) -> str:
         """sha256 (hex) of what the images are, wherever they lie."""
 
+    def load_many(self, indices: Sequence[int]) -> list[np.ndarray]:
+        """Several images; a generator draws them together."""
+        return [self.load(index) for index in indices]
+
     def item_name(self, index: int) -> str:
         """What to call one image in a message."""
-        return f"image {index} of '{self.name}'"
+        return f"image {index} of {self.name}"
+
+    def class_name(self, label: int) -> str:
+        """What to call a class."""
+        return str(self.class_names[label]) if self.class_names else str(label)
 
 
 class FolderImages(ImageSet):
-    """PNG and JPEG files of a folder and of the folders inside it, in sorted order.
+    """PNG and JPEG files of a folder and the folders inside it, sorted by path as torch-fidelity and clean-fid sort.
 
     Labels come from `manifest.json` where `xar sample` left one, else from the first folder level, one folder a class.
+
+    Args:
+        root: the folder.
+        image_size: None takes each file as it is; a number takes ADM's centre crop of that side.
     """
 
-    def __init__(self, root: Path) -> None:
-        self.root, self.name = root, str(root)
-        self.files = sorted(
-            path for path in root.rglob("*")
-            if path.suffix.lower() in IMAGE_SUFFIXES and not path.name.startswith(".") and path.is_file()
-        )  # fmt: skip
+    def __init__(self, root: Path, image_size: int | None = None) -> None:
+        self.root, self.name, self.image_size = root, str(root), image_size
+        paths = (path for path in root.rglob("*") if path.suffix.lower() in IMAGE_SUFFIXES)
+        self.files = sorted((path for path in paths if not any(map(is_hidden, path.relative_to(root).parts))), key=str)
         self.manifest = _read_manifest(root)
         if self.manifest is not None:
-            self._take_manifest(self.manifest)
+            self._label_by_manifest(self.manifest)
         elif all(path.parent != root for path in self.files):
             names = [path.relative_to(root).parts[0] for path in self.files]
-            self.class_names, inverse = sorted(set(names)), np.unique(names, return_inverse=True)[1]
-            self.labels = inverse.astype(np.int64)
+            classes, labels = np.unique(names, return_inverse=True)
+            self.class_names, self.labels = classes.tolist(), labels.astype(np.int64)
 
-    def _take_manifest(self, manifest: Mapping[str, Any]) -> None:
+    def _label_by_manifest(self, manifest: Mapping[str, Any]) -> None:
         self.files = [path for path in self.files if path.parent == self.root and path.stem.isdigit()]
         labels = manifest.get("labels")
-        if labels is None:
+        if not labels:
             return
         indices = [int(path.stem) for path in self.files]
         if indices and max(indices) >= len(labels):
             raise UserError(
-                f"'{self.root}' holds image {max(indices)}, and its manifest.json knows only {len(labels)}.",
+                f"'{self.root}' holds image {max(indices)}, and its {MANIFEST} knows only {len(labels)}.",
                 "Sample again into an empty folder.",
             )
         self.labels = np.array([labels[index] for index in indices], dtype=np.int64)
@@ -98,37 +114,54 @@ class FolderImages(ImageSet):
 
     def load(self, index: int) -> np.ndarray:
         """Decode one file."""
-        return decode_image(self.files[index])
+        path = self.files[index]
+        if self.image_size is None:
+            return decode_opaque(path)
+        return load_image(path, self.image_size, 3).transpose(1, 2, 0)
 
     def content_hash(self) -> str:
-        """sha256 over the relative names and the bytes of all files."""
-        digest = hashlib.sha256()
+        """sha256 over the relative names and the bytes of all files, and the crop."""
+        digest = hashlib.sha256(f"crop {self.image_size}\n".encode())
         for path in self.files:
-            digest.update(str(path.relative_to(self.root)).encode() + b"\0")
+            digest.update(str(path.relative_to(self.root)).encode(errors="surrogateescape") + b"\0")
             digest.update(hashlib.sha256(path.read_bytes()).digest())
+        return digest.hexdigest()
+
+    def fingerprint(self) -> str:
+        """sha256 over names, sizes and times of change: while it stays the same, so does the content hash."""
+        digest = hashlib.sha256(f"{self.root.absolute()}\ncrop {self.image_size}\n".encode())
+        for path in self.files:
+            status = path.stat()
+            digest.update(f"{path}\0{status.st_size}\0{status.st_mtime_ns}\n".encode(errors="surrogateescape"))
         return digest.hexdigest()
 
     def item_name(self, index: int) -> str:
         """The path of the file."""
-        return f"'{self.files[index]}'"
+        return f"'{printable(str(self.files[index]))}'"
 
 
 class ArrayImages(ImageSet):
-    """Images in memory.
+    """Images in an array, or in an HDF5 dataset that is read row by row.
 
     Args:
         images: (N, H, W, 3), (N, H, W, 1) or (N, H, W) uint8.
         name: what to call them.
         labels: (N,) classes, where known.
+
+    Raises:
+        UserError: the array is something else.
     """
 
-    def __init__(self, images: np.ndarray, name: str, labels: np.ndarray | None = None) -> None:
-        if images.ndim == 3:
-            images = images[..., None]
-        if images.ndim != 4 or images.shape[3] not in (1, 3) or images.dtype != np.uint8:
+    def __init__(self, images: np.ndarray | h5py.Dataset, name: str, labels: np.ndarray | None = None) -> None:
+        shape = tuple(images.shape)
+        if images.dtype != np.uint8 or not (len(shape) == 3 or (len(shape) == 4 and shape[3] in (1, 3))):
             raise UserError(
-                f"'{name}' holds an array of shape {images.shape} and type {images.dtype}.",
-                "Images are (N, H, W, 3) of 8-bit integers, 0 to 255.",
+                f"'{name}' holds an array of shape {shape} and type {images.dtype} where images are expected.",
+                "Store images as (N, H, W, 3) of 8-bit integers, 0 to 255.",
+            )
+        if labels is not None and len(labels) != len(images):
+            raise UserError(
+                f"'{name}' holds {len(images)} images and {len(labels)} labels.", "Give one label for each image."
             )
         self.images, self.name = images, name
         self.labels = None if labels is None else np.asarray(labels, np.int64)
@@ -137,64 +170,142 @@ class ArrayImages(ImageSet):
         return len(self.images)
 
     def load(self, index: int) -> np.ndarray:
-        """One image of the array."""
-        return np.broadcast_to(self.images[index], (*self.images.shape[1:3], 3))
+        """One row of the array."""
+        image = np.asarray(self.images[index])
+        image = image[..., None] if image.ndim == 2 else image
+        return np.broadcast_to(image, (*image.shape[:2], 3))
 
     def content_hash(self) -> str:
         """sha256 over shape and pixels."""
-        return hashlib.sha256(
-            str(self.images.shape).encode() + np.ascontiguousarray(self.images).tobytes()
-        ).hexdigest()
+        digest = hashlib.sha256(str(tuple(self.images.shape)).encode())
+        for start in range(0, len(self.images), HASH_BLOCK):
+            digest.update(np.ascontiguousarray(self.images[start : start + HASH_BLOCK]).tobytes())
+        return digest.hexdigest()
 
 
-def open_images(source: Path | ImageSet) -> ImageSet:
-    """Open images by what the path is: a folder, or an ADM `.npz` with `arr_0`.
+class GeneratedImages(ImageSet):
+    """Images that a generator draws when they are asked for; nothing is written.
+
+    Args:
+        name: what to call them.
+        labels: (N,) class of each image.
+        draw: from some indices to their (B, H, W, 3) uint8 images. Image i must always come out the same.
+        identity: what the images depend on: weights, seed, settings.
+        class_names: name of each class, or None.
+        manifest: what a sample folder would say of them.
+    """
+
+    generated = True
+
+    def __init__(
+        self,
+        name: str,
+        labels: np.ndarray,
+        draw: Callable[[Sequence[int]], np.ndarray],
+        identity: str,
+        class_names: Sequence[str] | None = None,
+        manifest: Mapping[str, Any] | None = None,
+    ) -> None:
+        self.name, self.draw, self.identity = name, draw, identity
+        self.labels = np.asarray(labels, np.int64)
+        self.class_names, self.manifest = class_names, manifest
+
+    def __len__(self) -> int:
+        return len(self.labels if self.labels is not None else ())
+
+    def load(self, index: int) -> np.ndarray:
+        """Draw one image."""
+        return self.draw([index])[0]
+
+    def load_many(self, indices: Sequence[int]) -> list[np.ndarray]:
+        """Draw several images in one batch."""
+        return list(self.draw(indices))
+
+    def content_hash(self) -> str:
+        """sha256 over the identity and the labels."""
+        return hashlib.sha256(self.identity.encode() + np.asarray(self.labels).tobytes()).hexdigest()
+
+
+def open_images(source: Path | ImageSet, image_size: int | None = None) -> ImageSet:
+    """Open images by what the path is: a folder, an ADM `.npz` with `arr_0`, or an HDF5 file with `images`.
+
+    Args:
+        image_size: for folders: take ADM's centre crop of that side instead of each file as it is.
 
     Raises:
         UserError: nothing there, no images in it, or not images at all.
     """
     if isinstance(source, ImageSet):
-        return source
-    if not source.exists():
-        raise UserError(
-            f"There is nothing at '{source}'.", "Give a folder of PNG or JPEG images, or an .npz batch."
-        )
-    images: ImageSet
-    if source.is_dir():
-        images = FolderImages(source)
+        images = source
+    elif not source.exists():
+        raise UserError(f"There is nothing at '{source}'.", "Check the path.")
+    elif source.is_dir():
+        images = FolderImages(source, image_size)
     elif source.suffix == ".npz":
         images = _open_npz(source)
+    elif source.suffix in HDF5_SUFFIXES:
+        images = _open_hdf5(source)
     else:
         raise UserError(
-            f"'{source}' is neither a folder nor an .npz file.",
-            "Give a folder of PNG or JPEG images, or an .npz batch.",
+            f"'{source}' is neither a folder nor an .npz or .h5 file.", "Give a folder of PNG or JPEG images."
         )
     if len(images) == 0:
-        raise UserError(f"'{source}' holds no PNG or JPEG image.", "Give the folder that holds the images.")
+        raise UserError(f"'{images.name}' holds no PNG or JPEG image.", "Give the folder that holds the images.")
     return images
 
 
-def decode_image(path: Path) -> np.ndarray:
-    """One file as (H, W, 3) uint8.
+def decode_opaque(path: Path) -> np.ndarray:
+    """One file as (H, W, 3) uint8, exactly as stored: no crop, no turn, no background put behind it.
 
     Raises:
-        UserError: unreadable, more than 8 bits a channel, or pixels that are not opaque.
+        BadImageError: unreadable, more than 8 bits a channel, or pixels that are not opaque.
     """
     try:
         with Image.open(path) as image:
             image.load()
             if image.mode.startswith(("I", "F")):
-                raise UserError(f"'{path}' has more than 8 bits a channel.", "Convert it to 8-bit RGB.")
-            if "A" in image.getbands() or "transparency" in image.info:
-                if image.convert("RGBA").getextrema()[3][0] < 255:
-                    raise UserError(
-                        f"'{path}' has transparent pixels.", "Flatten it onto a background of your choice."
-                    )
+                raise ValueError("it has more than 8 bits a channel; convert it to 8-bit RGB")
+            has_alpha = "A" in image.getbands() or "transparency" in image.info
+            if has_alpha and image.convert("RGBA").getchannel("A").getextrema()[0] != 255:
+                raise ValueError("it has transparent pixels; flatten it onto a background of your choice")
             return np.asarray(image.convert("RGB"))
-    except (OSError, SyntaxError, ValueError) as error:
+    except Exception as error:  # damaged files make Pillow's decoders raise nearly anything
+        reason = "it is not an image, or damaged" if isinstance(error, Image.UnidentifiedImageError) else str(error)
+        raise BadImageError(str(path), reason.rstrip(".") or type(error).__name__) from None
+
+
+def read_npz(path: Path) -> dict[str, np.ndarray]:
+    """All arrays of an .npz file, without unpickling anything.
+
+    Raises:
+        UserError: it is damaged, or holds Python objects.
+    """
+    try:
+        with np.load(path, allow_pickle=False) as arrays:
+            return {name: arrays[name] for name in arrays.files}
+    except Exception as error:  # zipfile, zlib, numpy: each has errors of its own
+        raise UserError(f"'{path}' cannot be read as an .npz file ({error}).", "Fetch or make it again.") from None
+
+
+def _open_npz(path: Path) -> ImageSet:
+    arrays = read_npz(path)
+    if "arr_0" not in arrays:
+        kind = "It holds statistics: give it as --reference." if "mu" in arrays else "Give an ADM sample batch."
+        raise UserError(f"'{path}' holds no images (no array 'arr_0').", kind)
+    return ArrayImages(arrays["arr_0"], str(path), arrays.get("arr_1"))
+
+
+def _open_hdf5(path: Path) -> ImageSet:
+    try:
+        file = h5py.File(path, "r")
+    except OSError as error:
+        raise UserError(f"'{path}' cannot be read as an HDF5 file ({error}).", "Make it again.") from None
+    if "images" not in file:
         raise UserError(
-            f"'{path}' cannot be read as an image ({error}).", "Replace it, or leave it out."
-        ) from error
+            f"'{path}' holds no dataset 'images' (it has: {', '.join(file)}).",
+            "A latent cache holds no images: give the folder that it was made from.",
+        )
+    return ArrayImages(file["images"], str(path), file["labels"][:] if "labels" in file else None)
 
 
 def _read_manifest(root: Path) -> Mapping[str, Any] | None:
@@ -204,16 +315,5 @@ def _read_manifest(root: Path) -> Mapping[str, Any] | None:
     try:
         manifest = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
-        raise UserError(f"'{path}' is not JSON ({error}).", "Sample again, or remove that file.") from error
+        raise UserError(f"'{path}' is not JSON ({error}).", "Sample again, or remove that file.") from None
     return manifest if isinstance(manifest, dict) and manifest.get("format") == MANIFEST_FORMAT else None
-
-
-def _open_npz(path: Path) -> ImageSet:
-    with np.load(path) as arrays:
-        if "arr_0" not in arrays:
-            raise UserError(
-                f"'{path}' holds no images (no array 'arr_0'; it has {', '.join(arrays.files)}).",
-                "Give an ADM sample batch, or use the file as --reference if it holds statistics.",
-            )
-        labels = arrays["arr_1"] if "arr_1" in arrays else None
-        return ArrayImages(arrays["arr_0"], str(path), labels)

@@ -1,0 +1,325 @@
+"""From images to tables of features: reading, batching, ranks, and the cache by content hash.
+
+A table lies on disk and is memory-mapped, so memory stays flat however many images there are; with several ranks, each writes
+its own rows of the same files. Legend: N images.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import json
+import shutil
+import tempfile
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from xar_cli.data.images import BadImageError
+from xar_cli.distributed import Ranks
+from xar_cli.errors import UserError
+from xar_cli.evaluate.images import FolderImages, ImageSet
+from xar_cli.evaluate.networks import FeatureNetwork
+from xar_cli.logs import log, progress
+from xar_cli.run_dir import require_writable, write_atomic, write_json
+
+TABLE_VERSION = 1
+DONE = "table.json"
+MIXED_SIZES_STEP = "Give images of one size, or --image-size N for ADM's centre crop."
+BATCHES_AHEAD = 2  # batches that threads decode while the network works
+
+
+@dataclass
+class FeatureTable:
+    """The features of some images.
+
+    Attributes:
+        layers: name to (N, width) float32, memory-mapped.
+        rows: (N,) index of each row's image in its set: images that could not be read are left out.
+        skipped: names of those.
+        image_size: (H, W) of the first image.
+        images_per_second: how fast they were computed, over all ranks; None when they came from the cache.
+        holder: keeps a temporary folder alive.
+    """
+
+    layers: Mapping[str, np.ndarray]
+    rows: np.ndarray
+    skipped: list[str]
+    image_size: tuple[int, int]
+    images_per_second: float | None
+    holder: Any = field(default=None, repr=False)
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+
+def extract(
+    images: ImageSet,
+    network: FeatureNetwork,
+    ranks: Ranks,
+    *,
+    indices: np.ndarray,
+    content_hash: str,
+    batch_size: int = 64,
+    workers: int = 4,
+    skip_bad: bool = False,
+    cache: Path | None = None,
+) -> FeatureTable:
+    """Features of some images of a set, from the cache where they are there already.
+
+    Every rank calls this; all of them get the whole table.
+
+    Args:
+        indices: which images, ascending.
+        content_hash: of the whole set.
+        skip_bad: leave out images that cannot be read, instead of refusing them.
+        cache: folder of tables by content hash; None computes into a temporary folder. With several machines it must be on a disk
+            that all of them see.
+
+    Raises:
+        UserError: an image cannot be read, or sizes differ where the network needs one size.
+    """
+    selection = hashlib.sha256(indices.astype("<i8").tobytes()).hexdigest()
+    key = hashlib.sha256(
+        f"{TABLE_VERSION}/{content_hash}/{selection}/{network.identity}/{skip_bad}".encode()
+    ).hexdigest()
+    final = None if cache is None else cache / key
+    if final is not None and ranks.gather((final / DONE).is_file())[0]:
+        log.info(f"features of {images.name} ({network.name}) are in the cache")
+        return _open_table(final, network)
+    row_bytes = 4 * sum(network.layers.values())
+    holder, partial = _make_folder(cache, key, network, len(indices), row_bytes, ranks)
+    start = time.monotonic()
+    try:
+        outcome = _extract_rows(images, network, ranks, partial, indices, batch_size, workers, skip_bad)
+        outcomes = _exchange(outcome, network, ranks)
+    except BaseException:
+        if ranks.is_main and holder is None:
+            shutil.rmtree(partial, ignore_errors=True)
+        raise
+    seconds = time.monotonic() - start
+    if ranks.is_main:
+        _finish(partial, network, indices, outcomes, images)
+        if final is not None:
+            if final.exists():  # another process was faster
+                shutil.rmtree(partial)
+            else:
+                partial.rename(final)
+    ranks.barrier()
+    table = _open_table(final or partial, network)
+    table.images_per_second = len(indices) / max(seconds, 1e-9)
+    table.holder = holder
+    return table
+
+
+def content_hash_of(images: ImageSet, cache: Path | None) -> str:
+    """The content hash of a set; for a folder it is remembered while names, sizes and times of its files stay."""
+    if cache is None or not isinstance(images, FolderImages):
+        return images.content_hash()
+    note = cache / "hashes" / images.fingerprint()
+    if note.is_file():
+        return note.read_text(encoding="utf-8")
+    found = images.content_hash()
+    write_atomic(note, found)
+    return found
+
+
+@dataclass
+class _Outcome:
+    """What one rank has to say after its rows."""
+
+    bad_rows: list[int]
+    image_size: tuple[int, int] | None
+    error: UserError | None = None
+
+
+def _extract_rows(
+    images: ImageSet,
+    network: FeatureNetwork,
+    ranks: Ranks,
+    folder: Path,
+    indices: np.ndarray,
+    batch_size: int,
+    workers: int,
+    skip_bad: bool,
+) -> _Outcome:
+    first = ranks.rank * len(indices) // ranks.world_size
+    last = (ranks.rank + 1) * len(indices) // ranks.world_size
+    tables = {layer: np.load(folder / f"{layer}.npy", mmap_mode="r+") for layer in network.layers}
+    outcome = _Outcome([], None)
+    check = _SizeCheck(network, images)
+    try:
+        with progress(last - first, f"features ({network.name})", enabled=ranks.is_main) as display:
+            for rows, loaded in _batches(images, network, indices, first, last, batch_size, workers):
+                good: list[tuple[int, np.ndarray]] = []
+                for row, item in zip(rows, loaded, strict=True):
+                    if isinstance(item, BadImageError):
+                        if not skip_bad:
+                            raise UserError(item.message, "Mend or remove it, or leave it out with --skip-bad.")
+                        outcome.bad_rows.append(row)
+                        log.warning(f"left out: {item.message}")
+                    else:
+                        check(item.size, int(indices[row]))
+                        good.append((row, item.pixels))
+                if good:
+                    _write_rows(tables, network, good, batch_size)
+                display.update(len(rows), skipped=len(outcome.bad_rows))
+    except UserError as error:
+        outcome.error = error
+    for table in tables.values():
+        table.flush()
+    outcome.image_size = check.size
+    return outcome
+
+
+def _write_rows(
+    tables: Mapping[str, np.ndarray], network: FeatureNetwork, good: list[tuple[int, np.ndarray]], batch_size: int
+) -> None:
+    pixels = np.stack([image for _, image in good])
+    short = batch_size - len(pixels)
+    if short > 0:  # one batch shape for a compiled network: repeat the last image and drop its features
+        pixels = np.concatenate([pixels, np.repeat(pixels[-1:], short, axis=0)])
+    rows = [row for row, _ in good]
+    for layer, values in network.features(pixels).items():
+        if not np.isfinite(values[: len(rows)]).all():
+            raise UserError(
+                f"The network '{network.name}' gave features that are not finite.", "Check its weights.", exit_code=1
+            )
+        tables[layer][rows] = values[: len(rows)]
+
+
+@dataclass
+class _Loaded:
+    pixels: np.ndarray  # as the network wants them
+    size: tuple[int, int]  # of the image itself
+
+
+def _batches(
+    images: ImageSet, network: FeatureNetwork, indices: np.ndarray, first: int, last: int, batch_size: int, workers: int
+) -> Iterator[tuple[range, list[_Loaded | BadImageError]]]:
+    """Batches of rows with their images; threads decode some batches ahead (Pillow frees the interpreter lock)."""
+
+    def prepare(image: np.ndarray) -> _Loaded:
+        return _Loaded(network.prepare(image), (image.shape[0], image.shape[1]))
+
+    def load(row: int) -> _Loaded | BadImageError:
+        try:
+            return prepare(images.load(int(indices[row])))
+        except BadImageError as error:
+            return error
+
+    spans = [range(start, min(start + batch_size, last)) for start in range(first, last, batch_size)]
+    if images.generated:
+        for span in spans:
+            yield span, [prepare(image) for image in images.load_many(indices[span.start : span.stop].tolist())]
+        return
+    with ThreadPoolExecutor(max_workers=max(workers, 1)) as pool:
+        remaining = iter(spans)
+        waiting = [
+            (span, [pool.submit(load, row) for row in span]) for span in itertools.islice(remaining, BATCHES_AHEAD)
+        ]
+        while waiting:
+            span, futures = waiting.pop(0)
+            loaded = [future.result() for future in futures]
+            waiting += [(extra, [pool.submit(load, row) for row in extra]) for extra in itertools.islice(remaining, 1)]
+            yield span, loaded
+
+
+class _SizeCheck:
+    """All images of a set have one size, unless the network resizes each alone."""
+
+    def __init__(self, network: FeatureNetwork, images: ImageSet) -> None:
+        self.network, self.images = network, images
+        self.size: tuple[int, int] | None = None
+
+    def __call__(self, size: tuple[int, int], index: int) -> None:
+        wanted = self.network.input_size or (self.size if not self.network.mixes_sizes else None)
+        if wanted is not None and size != wanted:
+            raise UserError(
+                f"{self.images.item_name(index)} has {size[1]} x {size[0]} pixels where {wanted[1]} x {wanted[0]} are "
+                "expected.",
+                "The digits protocol takes 8 x 8 images as they are: choose another --protocol."
+                if self.network.input_size
+                else MIXED_SIZES_STEP,
+            )
+        self.size = self.size or size
+
+
+def _make_folder(
+    cache: Path | None, key: str, network: FeatureNetwork, count: int, row_bytes: int, ranks: Ranks
+) -> tuple[Any, Path]:
+    """A folder with empty tables, made by rank 0; its path on every rank."""
+    holder, path, error = None, None, None
+    if ranks.is_main:
+        try:
+            if cache is None:
+                holder = tempfile.TemporaryDirectory(prefix="xar-features-")
+                path = Path(holder.name)
+            else:
+                cache.mkdir(parents=True, exist_ok=True)
+                path = Path(tempfile.mkdtemp(prefix=f".{key[:16]}.", dir=cache))
+            require_writable(path, count * row_bytes + (1 << 20), "the features")
+            for layer, width in network.layers.items():
+                np.lib.format.open_memmap(path / f"{layer}.npy", "w+", np.float32, (count, width)).flush()
+        except (OSError, UserError) as caught:
+            error = caught
+    path, error = ranks.gather((path, error))[0]  # type: ignore[misc]
+    if isinstance(error, UserError):
+        raise error
+    if error is not None:
+        raise UserError(f"The features cannot be stored: {error}.", "Choose another --feature-cache.")
+    assert path is not None
+    if not path.is_dir():
+        raise UserError(
+            f"Rank {ranks.rank} does not see the folder '{path}'.",
+            "Give --feature-cache on a disk shared by all machines.",
+        )
+    return holder, path
+
+
+def _exchange(outcome: _Outcome, network: FeatureNetwork, ranks: Ranks) -> list[_Outcome]:
+    """Every rank's outcome, on every rank; an error of one is raised on all."""
+    outcomes: Sequence[Any] = ranks.gather(outcome)
+    for found in outcomes:
+        if found.error is not None:
+            raise found.error
+    sizes = {found.image_size for found in outcomes if found.image_size is not None}
+    if not sizes:
+        raise UserError("None of the images could be read.", "See the names above.")
+    if len(sizes) > 1 and not network.mixes_sizes:
+        raise UserError(f"Images of several sizes are mixed: {sorted(sizes)}.", MIXED_SIZES_STEP)
+    return list(outcomes)
+
+
+def _finish(
+    folder: Path, network: FeatureNetwork, indices: np.ndarray, outcomes: Sequence[_Outcome], images: ImageSet
+) -> None:
+    """Cut out rows of images that were left out, and say what the table holds."""
+    bad = sorted(row for outcome in outcomes for row in outcome.bad_rows)
+    kept = np.setdiff1d(np.arange(len(indices)), bad)
+    if bad:
+        for layer in network.layers:
+            full = np.load(folder / f"{layer}.npy", mmap_mode="r")
+            dense = np.lib.format.open_memmap(
+                folder / f"{layer}.dense.npy", "w+", np.float32, (len(kept), full.shape[1])
+            )
+            for target, row in enumerate(kept):
+                dense[target] = full[row]
+            dense.flush()
+            (folder / f"{layer}.dense.npy").replace(folder / f"{layer}.npy")
+    np.save(folder / "rows.npy", indices[kept])
+    size = next(outcome.image_size for outcome in outcomes if outcome.image_size is not None)
+    skipped = [images.item_name(int(indices[row])) for row in bad]
+    write_json(folder / DONE, {"network": network.identity, "image_size": size, "skipped": skipped})
+
+
+def _open_table(folder: Path, network: FeatureNetwork) -> FeatureTable:
+    about = json.loads((folder / DONE).read_text(encoding="utf-8"))
+    layers = {layer: np.load(folder / f"{layer}.npy", mmap_mode="r") for layer in network.layers}
+    height, width = about["image_size"]
+    return FeatureTable(layers, np.load(folder / "rows.npy"), about["skipped"], (height, width), None)

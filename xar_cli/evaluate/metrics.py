@@ -1,0 +1,281 @@
+"""The metrics as functions of features: Inception Score, KID, precision and recall, errors, FID-infinity.
+
+Each follows its source to the letter where that source's number is to be reproduced. Nothing here reads images or files;
+features may be memory-mapped, and only a part of them is in memory at a time.
+Legend: N samples, D dimensions, S splits.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from xar_cli.evaluate.frechet import Gaussian, Moments, frechet_distance
+
+CHUNK = 4096  # rows of a memory-mapped table in memory at a time
+TORCH_FIDELITY_SEED = 2020
+ADM_SPLIT = 5000
+ADM_NEIGHBOURS = 3
+KID_SUBSETS, KID_SUBSET_SIZE = 100, 1000
+NEIGHBOUR_BLOCK = 2048
+GROUPS = 10  # disjoint subsets behind an error bar
+BOOTSTRAPS = 20
+EXTRAPOLATION_POINTS = 10
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A number and its standard error; None where nothing was estimated."""
+
+    value: float
+    error: float | None = None
+
+
+def chunks(features: np.ndarray) -> Iterator[np.ndarray]:
+    """The rows of a table, some thousands at a time."""
+    for start in range(0, len(features), CHUNK):
+        yield features[start : start + CHUNK]
+
+
+def moments(features: np.ndarray) -> Moments:
+    """Streaming moments of an (N, D) table."""
+    result = Moments(features.shape[1])
+    for chunk in chunks(features):
+        result.update(chunk)
+    return result
+
+
+def frechet_with_error(
+    features: np.ndarray, reference: Gaussian, error_bars: str, labels: np.ndarray | None = None, seed: int = 0
+) -> Estimate:
+    """Frechet distance of (N, D) features to a reference, with its standard error.
+
+    The error speaks of the samples; the reference is taken as given. Where labels are known, every subset and every
+    bootstrap set has the classes in the proportions of the whole, as a new set of samples would.
+
+    Args:
+        error_bars: `subsets`: jackknife over ten disjoint subsets, each left out in turn. `bootstrap`: twenty sets of N
+            drawn with replacement. `none`: no error.
+        labels: (N,) classes, or None.
+    """
+    rng = np.random.default_rng(seed)
+    if error_bars == "bootstrap":
+        value = frechet_distance(moments(features).gaussian(), reference)
+        drawn = [
+            frechet_distance(_moments_of_rows(features, _resample(len(features), labels, rng)).gaussian(), reference)
+            for _ in range(BOOTSTRAPS)
+        ]
+        return Estimate(value, float(np.std(drawn, ddof=1)))
+    count = min(GROUPS, len(features) // 2) if error_bars == "subsets" else 1
+    if count < 2:
+        return Estimate(frechet_distance(moments(features).gaussian(), reference))
+    group_of = _ranks_in_class(len(features), labels, rng, spread=True) % count
+    parts = [_moments_of_rows(features, np.flatnonzero(group_of == group)) for group in range(count)]
+    value = frechet_distance(_together(parts).gaussian(), reference)
+    left_out = np.array([
+        frechet_distance(_together(parts[:group] + parts[group + 1 :]).gaussian(), reference) for group in range(count)
+    ])  # fmt: skip
+    variance = (count - 1) / count * ((left_out - left_out.mean()) ** 2).sum()
+    return Estimate(value, float(np.sqrt(variance)))
+
+
+def frechet_at_infinity(
+    features: np.ndarray, reference: Gaussian, labels: np.ndarray | None = None, seed: int = 0
+) -> Estimate | None:
+    """The Frechet distance that infinitely many samples would give: a line in 1/N through ten counts, at 1/N = 0.
+
+    The bias of a finite count falls as 1/N (Chong and Forsyth 2020), once N is well above the dimensions D. The counts
+    run from N/10, but 2 D at least, to N, evenly in 1/N, each a prefix of one random order, balanced over the classes
+    where labels are known. The error is that of the line's intercept. Fewer than 4 D samples give no line: then None.
+    """
+    total, dimensions = features.shape
+    if total < 4 * dimensions:
+        return None
+    rng = np.random.default_rng(seed)
+    smallest = max(total // 10, 2 * dimensions)
+    counts = np.unique(np.rint(1 / np.linspace(1 / total, 1 / smallest, EXTRAPOLATION_POINTS)).astype(int))
+    order = _balanced_order(total, labels, rng)
+    running, distances = Moments(dimensions), []
+    for before, count in zip([0, *counts[:-1]], counts, strict=True):
+        running = running.merged(_moments_of_rows(features, np.sort(order[before:count])))
+        distances.append(frechet_distance(running.gaussian(), reference))
+    design = np.stack([np.ones(len(counts)), 1 / counts], axis=1)
+    solution, *_ = np.linalg.lstsq(design, np.array(distances), rcond=None)
+    residual = np.array(distances) - design @ solution
+    spread = residual @ residual / (len(counts) - 2)
+    return Estimate(float(solution[0]), float(np.sqrt(spread * np.linalg.inv(design.T @ design)[0, 0])))
+
+
+def _together(parts: list[Moments]) -> Moments:
+    return functools.reduce(Moments.merged, parts)
+
+
+def _moments_of_rows(features: np.ndarray, rows: np.ndarray) -> Moments:
+    result = Moments(features.shape[1])
+    for start in range(0, len(rows), CHUNK):
+        result.update(features[rows[start : start + CHUNK]])
+    return result
+
+
+def _ranks_in_class(
+    total: int, labels: np.ndarray | None, rng: np.random.Generator, spread: bool = False
+) -> np.ndarray:
+    """(N,) random place of each row among the rows of its class, from 0; `spread` starts each class at a random number."""
+    ranks = np.empty(total, np.int64)
+    for label in [0] if labels is None else np.unique(labels):
+        rows = np.arange(total) if labels is None else np.flatnonzero(labels == label)
+        ranks[rows] = rng.permutation(len(rows)) + (rng.integers(total) if spread else 0)
+    return ranks
+
+
+def _balanced_order(total: int, labels: np.ndarray | None, rng: np.random.Generator) -> np.ndarray:
+    """A random order of which every prefix has the classes in nearly the proportions of the whole."""
+    ranks = _ranks_in_class(total, labels, rng)
+    sizes = np.full(total, total) if labels is None else np.bincount(labels)[labels]
+    return np.argsort((ranks + rng.random(total)) / sizes, kind="stable")
+
+
+def _resample(total: int, labels: np.ndarray | None, rng: np.random.Generator) -> np.ndarray:
+    """Rows drawn with replacement, each class from itself."""
+    if labels is None:
+        return np.sort(rng.integers(0, total, total))
+    members = [np.flatnonzero(labels == label) for label in np.unique(labels)]
+    return np.sort(np.concatenate([rng.choice(rows, len(rows)) for rows in members]))
+
+
+def inception_score(logits: np.ndarray, splits: list[np.ndarray]) -> Estimate:
+    """exp(E KL(p(y|x) || p(y))), the mean over splits, and its spread over them (Salimans et al. 2016).
+
+    Args:
+        logits: (N, classes), without the classifier's bias, as both ADM and torch-fidelity have it.
+        splits: rows of each split.
+    """
+    scores = []
+    for rows in splits:
+        values = torch.from_numpy(np.asarray(logits[rows], np.float64))
+        log_p = values.log_softmax(dim=1)
+        p = log_p.exp()
+        divergence = (p * (log_p - p.mean(dim=0).log())).sum(dim=1).mean()
+        scores.append(divergence.exp().item())
+    return Estimate(float(np.mean(scores)), float(np.std(scores)) if len(scores) > 1 else None)
+
+
+def torch_fidelity_splits(count: int, splits: int = 10) -> list[np.ndarray]:
+    """torch-fidelity's: a fixed shuffle, then ten parts."""
+    order = np.random.RandomState(TORCH_FIDELITY_SEED).permutation(count)
+    return [order[i * count // splits : (i + 1) * count // splits] for i in range(splits)]
+
+
+def adm_splits(order: np.ndarray) -> list[np.ndarray]:
+    """ADM's: parts of 5,000 in the order given; the last may be shorter."""
+    return [order[start : start + ADM_SPLIT] for start in range(0, len(order), ADM_SPLIT)]
+
+
+def is_sorted_by_class(labels: np.ndarray | None) -> bool:
+    """Whether classes lie in long runs: then parts in file order hold few classes, and ADM's score is ruined.
+
+    Random order changes class at nearly each step. Sorted means: fewer than half of the changes expected then.
+    """
+    if labels is None or len(labels) < 2:
+        return False
+    frequency = np.unique(labels, return_counts=True)[1] / len(labels)
+    expected = (1 - (frequency**2).sum()) * (len(labels) - 1)
+    return bool((labels[1:] != labels[:-1]).sum() < expected / 2)
+
+
+def kid_torch_fidelity(features: np.ndarray, reference: np.ndarray) -> tuple[Estimate, int]:
+    """torch-fidelity's KID, by its own function: mean over 100 subsets, and the spread over them.
+
+    Returns:
+        The estimate, and the subset size: 1,000, or all of the smaller set where there are fewer.
+    """
+    from torch_fidelity.metric_kid import KEY_METRIC_KID_MEAN, KEY_METRIC_KID_STD, kid_features_to_metric
+
+    size = min(KID_SUBSET_SIZE, len(features), len(reference))
+    found = kid_features_to_metric(
+        torch.from_numpy(np.array(features)), torch.from_numpy(np.array(reference)),
+        kid_subsets=KID_SUBSETS, kid_subset_size=size, verbose=False,
+    )  # fmt: skip
+    return Estimate(found[KEY_METRIC_KID_MEAN], found[KEY_METRIC_KID_STD]), size
+
+
+def kid_clean_fid(features: np.ndarray, reference: np.ndarray, seed: int = 0) -> tuple[Estimate, int]:
+    """clean-fid's KID: the unbiased cubic MMD, a mean over 100 random subsets of at most 1,000.
+
+    The library draws from NumPy's global stream; here the same stream starts at `seed`.
+
+    Returns:
+        The estimate (no error: the library gives none), and the subset size.
+    """
+    dimensions = features.shape[1]
+    size = min(KID_SUBSET_SIZE, len(features), len(reference))
+    rng, total = np.random.RandomState(seed), 0.0
+    for _ in range(KID_SUBSETS):
+        x = reference[np.sort(rng.choice(len(reference), size, replace=False))].astype(np.float64)
+        y = features[np.sort(rng.choice(len(features), size, replace=False))].astype(np.float64)
+        within = (x @ x.T / dimensions + 1) ** 3 + (y @ y.T / dimensions + 1) ** 3
+        across = (x @ y.T / dimensions + 1) ** 3
+        total += (within.sum() - np.trace(within)) / (size - 1) - 2 * across.sum() / size
+    return Estimate(total / KID_SUBSETS / size), size
+
+
+@dataclass(frozen=True)
+class PrecisionRecall:
+    """Share of samples inside the real manifold, and of real images inside that of the samples."""
+
+    precision: float
+    recall: float
+
+
+def precision_recall(
+    features: np.ndarray, reference: np.ndarray, neighbours: int = ADM_NEIGHBOURS, device: str | torch.device = "cpu"
+) -> PrecisionRecall:
+    """Improved precision and recall (Kynkaanniemi et al. 2019): manifolds are balls to the k-th neighbour.
+
+    Precision asks whether a **generated** image lies in a ball around a **real** one, recall the reverse.
+    torch-fidelity before 0.4.0 had the two names swapped.
+
+    Args:
+        features: (N, D) of generated images; reference: (M, D) of real ones.
+
+    Raises:
+        ValueError: a set has no k-th neighbour.
+    """
+    if min(len(features), len(reference)) <= neighbours:
+        raise ValueError(f"{neighbours} neighbours need more than {neighbours} images on both sides")
+    generated, real = _on(features, device), _on(reference, device)
+    return PrecisionRecall(
+        precision=_share_inside(generated, real, _radii(real, neighbours)),
+        recall=_share_inside(real, generated, _radii(generated, neighbours)),
+    )
+
+
+def nearest(features: np.ndarray, reference: np.ndarray, count: int, device: str | torch.device = "cpu") -> np.ndarray:
+    """(N, count) indices of the reference rows nearest to each row of `features`, nearest first."""
+    generated, real = _on(features, device), _on(reference, device)
+    count = min(count, len(real))
+    found = [
+        torch.cdist(part, real).topk(count, dim=1, largest=False).indices.cpu()
+        for part in generated.split(NEIGHBOUR_BLOCK)
+    ]
+    return torch.cat(found).numpy()
+
+
+def _on(features: np.ndarray, device: str | torch.device) -> Tensor:
+    return torch.from_numpy(np.array(features, np.float32)).to(device)
+
+
+def _radii(points: Tensor, neighbours: int) -> Tensor:
+    """(N,) distance to the k-th neighbour other than the point itself."""
+    found = [torch.cdist(part, points).kthvalue(neighbours + 1).values for part in points.split(NEIGHBOUR_BLOCK)]
+    return torch.cat(found)
+
+
+def _share_inside(points: Tensor, centres: Tensor, radii: Tensor) -> float:
+    inside = [(torch.cdist(part, centres) <= radii).any(dim=1) for part in points.split(NEIGHBOUR_BLOCK)]
+    return torch.cat(inside).double().mean().item()

@@ -1,0 +1,157 @@
+"""What samples are compared with: real images, statistics of them, or both in one ADM batch.
+
+Owns the statistics file that `xar fid stats` writes and the checks that a foreign one has to pass.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from xar_cli.errors import UserError
+from xar_cli.evaluate.frechet import Gaussian
+from xar_cli.evaluate.images import ArrayImages, ImageSet, open_images, read_npz
+from xar_cli.evaluate.networks import INCEPTION, FeatureNetwork
+from xar_cli.run_dir import write_atomic
+
+STATISTICS_FORMAT = "xar-statistics"
+STATISTICS_VERSION = 1
+SUFFIX_OF_LAYER = {
+    "pool": "",
+    "spatial": "_s",
+}  # ADM's names: mu, sigma of the pool, mu_s, sigma_s of the spatial layer
+SYMMETRY_TOLERANCE = 1e-5
+
+
+@dataclass
+class Reference:
+    """Real images, or what is known of them.
+
+    Attributes:
+        name: what a person calls it.
+        content_hash: sha256 of the images or of the statistics file.
+        images: the images, where there are any.
+        statistics: layer name to Gaussian, where given ready-made.
+        network: whose features the statistics are of, where given.
+        origin: what the statistics file says of itself; empty for a foreign file.
+    """
+
+    name: str
+    content_hash: str
+    images: ImageSet | None = None
+    statistics: Mapping[str, Gaussian] = field(default_factory=dict)
+    network: str | None = None
+    origin: Mapping[str, Any] = field(default_factory=dict)
+
+    def gaussian(self, network: FeatureNetwork, layer: str) -> Gaussian | None:
+        """The ready-made statistics of a layer, or None where they must be computed from images.
+
+        Raises:
+            UserError: the statistics do not go with that network, and there are no images to fall back on.
+        """
+        if not self.statistics:
+            return None
+        if self.network == network.name and layer in self.statistics:
+            self._check_made_with(network)
+            found = self.statistics[layer]
+            if len(found.mu) != network.layers[layer]:
+                raise UserError(
+                    f"'{self.name}' holds statistics of {len(found.mu)} dimensions where the network gives "
+                    f"{network.layers[layer]}.",
+                    "Make them again with `xar fid stats` and the same --protocol.",
+                )
+            return found
+        if self.images is None and layer == "pool":
+            raise UserError(
+                f"'{self.name}' holds statistics of the network '{self.network}', not of '{network.name}'.",
+                "A number of one protocol never goes with statistics of another: give a folder of images, or statistics "
+                "made with the same --protocol.",
+            )
+        return None
+
+    def _check_made_with(self, network: FeatureNetwork) -> None:
+        made_with = self.origin.get("weights_sha256")
+        if made_with not in (None, network.weights_sha256):
+            raise UserError(
+                f"'{self.name}' was made with other weights ({made_with[:12]}...) than these "
+                f"({network.weights_sha256[:12]}...).",
+                "Make the statistics again with the weights that judge the samples.",
+            )
+
+
+def open_reference(source: Path | ImageSet, image_size: int | None = None) -> Reference:
+    """Open a folder of images, an ADM batch, or a statistics file.
+
+    Raises:
+        UserError: none of these; samples given as reference; statistics that are not finite, not square, or not symmetric.
+    """
+    if isinstance(source, Path) and source.suffix == ".npz" and source.is_file():
+        return _open_npz(source)
+    images = open_images(source, image_size)
+    if images.manifest is not None or images.generated:
+        raise UserError(
+            f"'{images.name}' was given as the reference, but its manifest says that it holds generated samples.",
+            "Give it as --samples, and real images as --reference.",
+        )
+    return Reference(images.name, "", images)
+
+
+def write_statistics(path: Path, layers: Mapping[str, Gaussian], origin: Mapping[str, Any]) -> None:
+    """Write statistics with ADM's names (`mu`, `sigma`, `mu_s`, `sigma_s`) and where they come from.
+
+    Args:
+        layers: Gaussian of `pool`, and of `spatial` where the network has it.
+        origin: network, weights_sha256, count, content_hash, image_size, source.
+    """
+    arrays: dict[str, Any] = {
+        name + SUFFIX_OF_LAYER[layer]: value
+        for layer, gaussian in layers.items()
+        for name, value in (("mu", gaussian.mu), ("sigma", gaussian.sigma))
+    }
+    about = {"format": STATISTICS_FORMAT, "version": STATISTICS_VERSION, **origin}
+    buffer = io.BytesIO()
+    np.savez(buffer, xar=np.array(json.dumps(about)), **arrays)
+    write_atomic(path, buffer.getvalue())
+
+
+def _open_npz(path: Path) -> Reference:
+    arrays = read_npz(path)
+    images = ArrayImages(arrays["arr_0"], str(path)) if "arr_0" in arrays else None
+    origin = json.loads(str(arrays["xar"])) if "xar" in arrays else {}
+    statistics = {
+        layer: _checked_gaussian(path, arrays, suffix)
+        for layer, suffix in SUFFIX_OF_LAYER.items()
+        if "mu" + suffix in arrays and "sigma" + suffix in arrays
+    }
+    if images is None and "pool" not in statistics:
+        raise UserError(
+            f"'{path}' holds neither images (arr_0) nor statistics (mu, sigma).",
+            "Give an ADM reference batch, or make statistics with `xar fid stats`.",
+        )
+    digest = hashlib.sha256(path.read_bytes()).hexdigest()
+    return Reference(str(path), digest, images, statistics, origin.get("network", INCEPTION), origin)
+
+
+def _checked_gaussian(path: Path, arrays: Mapping[str, np.ndarray], suffix: str) -> Gaussian:
+    mu, sigma = arrays["mu" + suffix], arrays["sigma" + suffix]
+    fault = None
+    if mu.ndim != 1 or sigma.shape != (len(mu), len(mu)):
+        fault = f"shapes {mu.shape} and {sigma.shape} do not belong together"
+    elif not (np.issubdtype(mu.dtype, np.floating) and np.issubdtype(sigma.dtype, np.floating)):
+        fault = f"types {mu.dtype} and {sigma.dtype} are no floating-point numbers"
+    elif not (np.isfinite(mu).all() and np.isfinite(sigma).all()):
+        fault = "some values are not finite"
+    elif np.abs(sigma - sigma.T).max() > SYMMETRY_TOLERANCE * max(np.abs(sigma).max(), 1e-30):
+        fault = "the covariance is not symmetric"
+    elif (np.diagonal(sigma) < 0).any():
+        fault = "a variance is negative"
+    if fault:
+        raise UserError(f"The statistics in '{path}' are wrong: {fault}.", "Make or fetch them again.")
+    return Gaussian(mu, sigma)

@@ -1,0 +1,271 @@
+"""The report of an evaluation: what goes into it, as report.json and report.md; report.html is made by html.py.
+
+Owns the content. The schema of report.json is in docs/evaluation.md.
+"""
+
+from __future__ import annotations
+
+import platform
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from xar_cli import __version__
+from xar_cli.config.schema import Config
+from xar_cli.evaluate import html, metrics
+from xar_cli.evaluate.evaluation import Evaluation, Metric, Settings
+from xar_cli.evaluate.images import ImageSet, open_images
+from xar_cli.evaluate.protocols import PAPER_COUNT
+from xar_cli.run_dir import write_atomic, write_json
+
+REPORT_FORMAT, REPORT_VERSION = "xar-report", 1
+MAX_CLASSES_SHOWN, IMAGES_PER_CLASS, IMAGES_WITHOUT_CLASSES = 12, 8, 64
+SAMPLES_WITH_NEIGHBOURS, NEIGHBOURS = 8, 4
+MANIFEST_KEYS = ("recipe", "weights", "weights_sha256", "ema", "seed", "solver", "num_steps", "guidance_scale", "image_size")
+PUBLISHED_KEYS = {  # key of a metric -> field of the recipe's published results
+    "fid": "fid", "is": "inception_score", "precision": "precision", "recall": "recall",
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Strip:
+    """Some images side by side.
+
+    Attributes:
+        caption: what they are.
+        images: (H, W, 3) uint8 each, of one size.
+    """
+
+    caption: str
+    images: Sequence[np.ndarray]
+
+
+def write_report(
+    folder: Path,
+    evaluation: Evaluation,
+    samples: Path | ImageSet,
+    reference: Path | ImageSet,
+    settings: Settings,
+) -> dict[str, Path]:
+    """Write report.json, report.md and report.html into a folder; returns their paths by kind."""
+    opened = open_images(samples, settings.image_size)
+    content = report_content(evaluation, opened, settings)
+    strips = sample_strips(opened, evaluation)
+    neighbours = neighbour_strips(opened, reference, evaluation, settings)
+    paths = {kind: folder / f"report.{kind}" for kind in ("json", "md", "html")}
+    write_json(paths["json"], content)
+    write_atomic(paths["md"], markdown(content))
+    write_atomic(paths["html"], html.page(content, strips, neighbours))
+    return paths
+
+
+def report_content(evaluation: Evaluation, samples: ImageSet, settings: Settings) -> dict[str, Any]:
+    """All that the report says, as plain values."""
+    manifest = samples.manifest or {}
+    return {
+        "format": REPORT_FORMAT,
+        "version": REPORT_VERSION,
+        "created": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        **evaluation.as_dict(),
+        "published": published_figures(manifest),
+        "differences": differences(evaluation),
+        "sampling": {key: manifest[key] for key in MANIFEST_KEYS if key in manifest},
+        "cost": network_evaluations(manifest),
+        "settings": settings.model_dump(mode="json"),
+        "machine": machine(),
+    }
+
+
+def published_figures(manifest: Mapping[str, Any]) -> dict[str, Any]:
+    """The paper's figures for the recipe of the samples, by the keys of our metrics; empty where it has none."""
+    published = (manifest.get("config") or {}).get("published") or {}
+    found = {key: published[field] for key, field in PUBLISHED_KEYS.items() if published.get(field) is not None}
+    return {**found, "source": published.get("source", ""), "recipe": manifest.get("recipe", "")} if found else {}
+
+
+def differences(evaluation: Evaluation) -> list[str]:
+    """What keeps our numbers from comparing directly with published ones, in sentences; empty where nothing does."""
+    found = []
+    if evaluation.samples.count != PAPER_COUNT:
+        found.append(
+            f"Count: {evaluation.samples.count} samples here, {PAPER_COUNT} in papers. The Frechet distance of fewer samples "
+            "is biased upward."
+        )
+    if "adm" not in evaluation.results:
+        found.append("Protocol: papers use ADM's suite; this is " + " and ".join(evaluation.results) + ".")
+    found.append(
+        f"Reference: '{evaluation.reference.name}' (sha256 {evaluation.reference.sha256[:12]}...). Papers use the ImageNet "
+        "training statistics of ADM."
+    )
+    for result in evaluation.results.values():
+        if not result.published_weights:
+            found.append(f"Weights: the network '{result.network}' of {result.protocol} is not the published one.")
+        if result.precision != "fp32":
+            found.append(f"Precision: {result.protocol} ran in {result.precision}, which shifts its numbers.")
+    return found
+
+
+def network_evaluations(manifest: Mapping[str, Any]) -> dict[str, int]:
+    """How often the network ran for one image: steps x entities, doubled by guidance except in the first entity."""
+    if "config" not in manifest or "num_steps" not in manifest:
+        return {}
+    from xar_cli.model import build_grouping
+
+    config = Config.model_validate(manifest["config"])
+    entities = build_grouping(config.entity, config.grid).num_entities
+    steps = manifest["num_steps"]
+    per_entity = list(steps) if isinstance(steps, list) else [int(steps)] * entities
+    conditional = sum(per_entity)
+    guided = manifest.get("guidance_scale", 1) != 1
+    unguided_first = entities > 1
+    null = (conditional - (per_entity[0] if unguided_first else 0)) if guided else 0
+    return {"entities": entities, "conditional": conditional, "null": null, "total_per_image": conditional + null}
+
+
+def machine() -> dict[str, Any]:
+    """What computed this."""
+    gpus = [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
+    return {
+        "xar": __version__,
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "numpy": np.__version__,
+        "platform": platform.platform(),
+        "cpu_threads": torch.get_num_threads(),
+        "gpus": gpus,
+    }
+
+
+def sample_strips(samples: ImageSet, evaluation: Evaluation) -> list[Strip]:
+    """A strip for each class, at most twelve classes spread over all; one grid where there are no classes."""
+    table = next(iter(evaluation.tables.values()))
+    if samples.labels is None:
+        rows = table.rows[:IMAGES_WITHOUT_CLASSES]
+        return [Strip("the first samples", [samples.load(int(row)) for row in rows])]
+    labels = samples.labels[table.rows]
+    classes = np.unique(labels)
+    shown = classes[np.linspace(0, len(classes) - 1, min(len(classes), MAX_CLASSES_SHOWN)).round().astype(int)]
+    return [
+        Strip(
+            samples.class_name(int(label)),
+            [samples.load(int(row)) for row in table.rows[labels == label][:IMAGES_PER_CLASS]],
+        )
+        for label in shown
+    ]
+
+
+def neighbour_strips(
+    samples: ImageSet, reference: Path | ImageSet, evaluation: Evaluation, settings: Settings
+) -> list[Strip]:
+    """Some samples, each followed by the real images nearest to it in feature space; none without real images."""
+    name = next(iter(evaluation.tables))
+    if name not in evaluation.reference_tables:
+        return []
+    table, real_table = evaluation.tables[name], evaluation.reference_tables[name]
+    real = open_images(reference, settings.image_size)
+    picked = np.linspace(0, len(table) - 1, min(len(table), SAMPLES_WITH_NEIGHBOURS)).round().astype(int)
+    found = metrics.nearest(table.layers["pool"][picked], real_table.layers["pool"], NEIGHBOURS)
+    strips = []
+    for row, neighbours in zip(picked, found, strict=True):
+        index = int(table.rows[row])
+        images = [samples.load(index), *(real.load(int(real_table.rows[near])) for near in neighbours)]
+        side = images[0].shape
+        images = [image for image in images if image.shape == side]
+        strips.append(Strip(f"sample {index}, then its {len(images) - 1} nearest real images", images))
+    return strips
+
+
+def markdown(content: Mapping[str, Any]) -> str:
+    """The report as Markdown."""
+    lines = [f"# {title(content)}", "", *(f"- {side}: {text}" for side, text in what_was_measured(content)), ""]
+    for name, result in content["protocols"].items():
+        lines += [f"## {name}", "", result["description"] + ".", ""]
+        lines += ["| metric | value | published | what else |", "|---|---|---|---|"]
+        lines += [f"| {' | '.join(cells)} |" for cells in metric_rows(result, content["published"])]
+        lines.append("")
+        if result["per_class"]:
+            lines += ["| class | images | accuracy |", "|---|---|---|"]
+            lines += [
+                f"| {label} | {found['count']} | {found['accuracy']:.3f} |" for label, found in result["per_class"].items()
+            ]
+            lines.append("")
+    lines += ["## What differs from published numbers", "", *(f"- {text}" for text in content["differences"]), ""]
+    for heading, facts in fact_tables(content):
+        lines += [f"## {heading}", "", "| | |", "|---|---|", *(f"| {key} | {value} |" for key, value in facts), ""]
+    return "\n".join(lines)
+
+
+def title(content: Mapping[str, Any]) -> str:
+    """One line that names the report."""
+    recipe = content["sampling"].get("recipe")
+    return f"Evaluation of {recipe}" if recipe else f"Evaluation of {Path(content['samples']['name']).name}"
+
+
+def what_was_measured(content: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """Samples and reference, in words."""
+    found = []
+    for side in ("samples", "reference"):
+        facts = content[side]
+        size = f", {facts['image_size'][1]} x {facts['image_size'][0]} pixels" if facts["image_size"] else ""
+        counted = f"{facts['count']} images" if facts["count"] else "statistics"
+        skipped = f", {len(facts['skipped'])} left out as unreadable" if facts["skipped"] else ""
+        found.append((side, f"{facts['name']}: {counted}{size}{skipped}, sha256 {facts['sha256'][:16]}"))
+    return found
+
+
+def metric_rows(result: Mapping[str, Any], published: Mapping[str, Any]) -> list[tuple[str, str, str, str]]:
+    """Name, value, published value and note of each metric of a protocol."""
+    rows = []
+    for key, metric in result["metrics"].items():
+        theirs = f"{published[key]:g}" if result["protocol"] == "adm" and key in published else ""
+        rows.append((metric["name"], show_number(metric["value"], metric["error"]), theirs, metric["note"]))
+    return rows
+
+
+def fact_tables(content: Mapping[str, Any]) -> list[tuple[str, list[tuple[str, str]]]]:
+    """The rest, as headed tables of key and value."""
+    tables: list[tuple[str, list[tuple[str, str]]]] = []
+    if content["sampling"]:
+        tables.append(("How the samples were made", _pairs(content["sampling"])))
+    if content["cost"]:
+        tables.append(("Cost of one image, in network evaluations", _pairs(content["cost"])))
+    networks = [
+        (name, f"{result['network']}, {result['resize']}, {result['precision']}, weights {result['weights_sha256'][:16]}")
+        for name, result in content["protocols"].items()
+    ]
+    tables.append(("Networks", networks))
+    speed = content["samples"]["images_per_second"]
+    told = f"{speed:.1f} images/s through the network" if speed else "from the cache"
+    tables.append(("Settings", [("features", told), *_pairs(content["settings"])]))
+    tables.append(("Machine", [("created", content["created"]), *_pairs(content["machine"])]))
+    return tables
+
+
+def show_number(value: float | None, error: float | None) -> str:
+    """A value with as many digits as its error leaves meaning to; a dash where there is none."""
+    if value is None:
+        return "-"
+    if not error:
+        return f"{value:.4g}"
+    digits = max(0, 1 - int(np.floor(np.log10(error))))
+    return f"{value:.{digits}f} ± {error:.{digits}f}"
+
+
+def best_metric(result: Mapping[str, Metric]) -> Metric:
+    """The metric that a protocol is known by: its first."""
+    return next(iter(result.values()))
+
+
+def _pairs(facts: Mapping[str, Any]) -> list[tuple[str, str]]:
+    return [(key.replace("_", " "), _plain(value)) for key, value in facts.items() if value not in (None, [], "")]
+
+
+def _plain(value: Any) -> str:
+    if isinstance(value, (list, tuple)):
+        return ", ".join(map(str, value))
+    return str(value)

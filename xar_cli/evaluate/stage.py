@@ -1,0 +1,102 @@
+"""What runs in every process of `xar fid` and `xar fid stats`, and what `xar fid doctor` looks at."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from xar_cli.config.schema import Section
+from xar_cli.distributed import process_group
+from xar_cli.errors import UserError
+from xar_cli.evaluate.evaluation import Settings, evaluate, make_statistics
+from xar_cli.evaluate.networks import DIGITS
+from xar_cli.evaluate.protocols import PROTOCOLS
+from xar_cli.evaluate.report import write_report
+from xar_cli.evaluate.weights import PUBLISHED, find_weights
+from xar_cli.run_dir import require_writable
+
+REPORT_BYTES = 20_000_000
+
+
+class FidSettings(Section):
+    """What `xar fid` was asked for.
+
+    Attributes:
+        samples, reference: paths.
+        protocols: names, in the order to report.
+        measure: how to measure.
+        report: folder for the report, or None.
+        device: auto, cpu, cuda or cuda:N.
+    """
+
+    samples: Path
+    reference: Path
+    protocols: tuple[str, ...]
+    measure: Settings
+    report: Path | None = None
+    device: str = "auto"
+
+
+class StatisticsSettings(Section):
+    """What `xar fid stats` was asked for."""
+
+    images: Path
+    out: Path
+    protocol: str
+    measure: Settings
+    device: str = "auto"
+
+
+def fid(settings: FidSettings) -> dict[str, Any]:
+    """Measure, and write the report where one is asked for; returns what `--json` prints."""
+    if settings.report is not None:
+        require_writable(settings.report, REPORT_BYTES, "the report")
+    with process_group(settings.device) as ranks:
+        found = evaluate(
+            settings.samples, settings.reference, settings.protocols, settings=settings.measure, ranks=ranks
+        )
+        if not ranks.is_main:
+            return {}
+        result = found.as_dict()
+        if settings.report is not None:
+            paths = write_report(settings.report, found, settings.samples, settings.reference, settings.measure)
+            result["report"] = {name: str(path) for name, path in paths.items()}
+        return result
+
+
+def statistics(settings: StatisticsSettings) -> dict[str, Any]:
+    """Write a statistics file; returns what `--json` prints."""
+    require_writable(settings.out.parent, 1 << 27, "the statistics")
+    with process_group(settings.device) as ranks:
+        origin = make_statistics(
+            settings.images, settings.out, settings.protocol, settings=settings.measure, ranks=ranks
+        )
+        return {"statistics": str(settings.out), **origin}
+
+
+def doctor(measure: Settings) -> dict[str, dict[str, Any]]:
+    """For each protocol: whether it can run here, with which weights, and what is missing. Fetches nothing."""
+    report = {}
+    for protocol in PROTOCOLS.values():
+        weights: dict[str, str] = {}
+        missing: list[str] = []
+        for network in protocol.networks(with_vgg16=True):
+            if network == DIGITS:
+                weights[network] = "shipped with the package"
+                continue
+            given = list(measure.inception_weights) if PUBLISHED[network].option == "--inception-weights" else []
+            if network == "vgg16" and measure.vgg16_weights:
+                given = [measure.vgg16_weights]
+            try:
+                found = find_weights(network, given)
+                kind = "published, sha256 checked" if found.published else "not the published file"
+                weights[network] = f"{found.path} ({kind})"
+            except UserError as error:
+                missing.append(f"{error.message} {error.next_step}")
+        report[protocol.name] = {
+            "runs": protocol.network in weights,
+            "what": protocol.description,
+            "weights": weights,
+            "missing": missing,
+        }
+    return report
