@@ -181,9 +181,7 @@ def _hub_errors(what: str) -> Iterator[None]:
             "Check the spelling, or log in with `hf auth login`.",
         ) from None
     except RevisionNotFoundError:
-        raise UserError(
-            f"The hub has no such revision: '{what}'.", "Check what stands after the @."
-        ) from None
+        raise UserError(f"The hub has no such revision: '{what}'.", "Check what stands after the @.") from None
     except (LocalEntryNotFoundError, OfflineModeIsEnabled):
         raise UserError(
             f"'{what}' is not in the local cache and the hub cannot be reached (or HF_HUB_OFFLINE is set).",
@@ -191,13 +189,9 @@ def _hub_errors(what: str) -> Iterator[None]:
             exit_code=1,
         ) from None
     except EntryNotFoundError:
-        raise UserError(
-            f"The repository has no such file: '{what}'.", "Check the file name on its page."
-        ) from None
+        raise UserError(f"The repository has no such file: '{what}'.", "Check the file name on its page.") from None
     except HFValidationError as error:
-        raise UserError(
-            f"'{what}' is not a valid name on the hub: {error}.", "Write it as owner/name."
-        ) from None
+        raise UserError(f"'{what}' is not a valid name on the hub: {error}.", "Write it as owner/name.") from None
     except (HfHubHTTPError, OSError) as error:
         line = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise UserError(

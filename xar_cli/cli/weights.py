@@ -13,9 +13,7 @@ from xar_cli.cli.options import JsonOption, RecipeOption, SetOption
 
 app = typer.Typer(help="Inspect, convert, download and push weights.", no_args_is_help=True)
 
-EmaOption = Annotated[
-    bool, typer.Option("--ema/--raw", help="Averaged or raw weights, where a source holds both.")
-]
+EmaOption = Annotated[bool, typer.Option("--ema/--raw", help="Averaged or raw weights, where a source holds both.")]
 SourceArgument = Annotated[
     str, typer.Argument(metavar="SOURCE", help="A file, a run folder, or hf://owner/repo/file[@revision].")
 ]

@@ -12,9 +12,7 @@ from xar_cli.weights.card import model_card, read_results, write_model_folder
 
 
 def test_card_of_a_run(run_folder):
-    results = [
-        {"protocol": "adm", "reference": "VIRTUAL_imagenet256", "count": 50000, "fid": 2.345, "ok": True}
-    ]
+    results = [{"protocol": "adm", "reference": "VIRTUAL_imagenet256", "count": 50000, "fid": 2.345, "ok": True}]
     card = model_card(open_weights(run_folder), "someone/my-xar", results, "mit")
     assert "license: mit" in card
     assert "hf://someone/my-xar/model.safetensors" in card

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from tests.seeded import seeded_state
-from tests.unit.weights.conftest import save_safetensors
+from tests.weight_files import save_safetensors
 from xar_cli.config import load_recipe
 from xar_cli.errors import UserError
 from xar_cli.weights import export_weights, from_published, load_weights, open_weights
@@ -56,9 +56,7 @@ def test_weights_are_loaded_in_the_dtype_asked_for_and_positions_stay_exact(bare
     assert torch.equal(half.pos_encoder, exact.pos_encoder.bfloat16())
 
 
-def test_the_originals_checkpoint_gives_the_average_or_the_raw_weights(
-    training_file, golden_config, published
-):
+def test_the_originals_checkpoint_gives_the_average_or_the_raw_weights(training_file, golden_config, published):
     average, weights = load_weights(training_file, golden_config, device="cpu")
     assert_holds(average, published, add=1)
     assert (weights.kind, weights.epoch) == ("ema", 399)
@@ -149,9 +147,7 @@ def test_other_sampling_settings_are_no_contradiction(run_folder, tmp_path):
     assert open_weights(tmp_path / "out.safetensors", asked).config.sample.num_steps == 7
 
 
-def test_raw_weights_that_are_not_there_are_not_replaced_by_others(
-    bare_file, run_folder, golden_config, tmp_path
-):
+def test_raw_weights_that_are_not_there_are_not_replaced_by_others(bare_file, run_folder, golden_config, tmp_path):
     export_weights(open_weights(run_folder), tmp_path / "average.safetensors")
     for source in (bare_file, tmp_path / "average.safetensors"):
         with pytest.raises(UserError, match="raw"):

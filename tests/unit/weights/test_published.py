@@ -21,9 +21,7 @@ from xar_cli.weights.published import (
     to_published,
 )
 
-BASE = [
-    (name, tuple(shape)) for name, shape in json.loads((GOLDEN / "xar_base_state_shapes.json").read_text())
-]
+BASE = [(name, tuple(shape)) for name, shape in json.loads((GOLDEN / "xar_base_state_shapes.json").read_text())]
 
 
 def test_base_has_the_published_names_and_shapes_in_their_order():
@@ -51,15 +49,9 @@ def test_there_and_back_is_exact_and_the_padding_is_zero(golden_config, publishe
     hidden = golden_config.model.mlp_hidden  # 85, padded to 128
     ours = from_published(published, golden_config)
     assert ours["encoder.1.mlp.fc1.weight"].shape == (256, 32)
-    assert torch.equal(
-        ours["encoder.1.mlp.fc1.weight"][:hidden], published["encoder_blocks.1.mlp.fc1_g.weight"]
-    )
-    assert torch.equal(
-        ours["encoder.1.mlp.fc1.bias"][128 : 128 + hidden], published["encoder_blocks.1.mlp.fc1_x.bias"]
-    )
-    assert torch.equal(
-        ours["decoder.0.mlp.fc2.weight"][:, :hidden], published["decoder_blocks.0.mlp.fc2.weight"]
-    )
+    assert torch.equal(ours["encoder.1.mlp.fc1.weight"][:hidden], published["encoder_blocks.1.mlp.fc1_g.weight"])
+    assert torch.equal(ours["encoder.1.mlp.fc1.bias"][128 : 128 + hidden], published["encoder_blocks.1.mlp.fc1_x.bias"])
+    assert torch.equal(ours["decoder.0.mlp.fc2.weight"][:, :hidden], published["decoder_blocks.0.mlp.fc2.weight"])
     for block in ("encoder.0", "decoder.1"):
         assert not ours[f"{block}.mlp.fc1.weight"][hidden:128].any()
         assert not ours[f"{block}.mlp.fc1.weight"][128 + hidden :].any()
@@ -76,9 +68,7 @@ def test_dtype_is_kept(golden_config, published):
     assert {tensor.dtype for tensor in from_published(halves, golden_config).values()} == {torch.bfloat16}
 
 
-@pytest.mark.parametrize(
-    "overrides", [["entity={kind: scale, sizes: [1, 2, 4, 8, 16]}"], ["data.num_classes=10"]]
-)
+@pytest.mark.parametrize("overrides", [["entity={kind: scale, sizes: [1, 2, 4, 8, 16]}"], ["data.num_classes=10"]])
 def test_other_entities_and_class_counts_go_both_ways(overrides):
     shrink = ["model.dim=16", "model.depth=1", "model.heads=2"]
     config = load_recipe("base", [*shrink, *overrides])
@@ -107,12 +97,8 @@ def test_rope_buffers_hold_the_angles_of_the_spec():
     for i in (0, 3, 15):
         for place in (2 * i, 2 * i + 1):
             for table, function in (("rope.freqs_cos", math.cos), ("rope.freqs_sin", math.sin)):
-                assert buffers[table][200, place].item() == pytest.approx(
-                    function(9 * frequencies[i]), abs=1e-5
-                )
-                assert buffers[table][200, 32 + place].item() == pytest.approx(
-                    function(8 * frequencies[i]), abs=1e-5
-                )
+                assert buffers[table][200, place].item() == pytest.approx(function(9 * frequencies[i]), abs=1e-5)
+                assert buffers[table][200, 32 + place].item() == pytest.approx(function(8 * frequencies[i]), abs=1e-5)
 
 
 @pytest.mark.parametrize(
