@@ -102,8 +102,9 @@ def plan_cache(settings: CacheSettings) -> CachePlan:
 def run_cache(settings: CacheSettings, ranks: Ranks) -> CacheSummary:
     """Make this rank's share of a latent cache.
 
-    Ranks meet once, when the file has been created; none waits for another's work. So with several ranks the
-    summary may tell of an unfinished cache: ask `summarize` again when all have ended.
+    Ranks meet only before the work, to create the file and to divide what is to do; none waits for another's
+    work. So with several ranks the summary may tell of an unfinished cache: ask `summarize` again when all have
+    ended.
 
     Raises:
         UserError: bad input (exit code 2, nothing written), too many bad images or a full disk (exit code 1;
@@ -119,8 +120,11 @@ def run_cache(settings: CacheSettings, ranks: Ranks) -> CacheSummary:
         ranks.barrier()
         if not ranks.is_main:
             lock.share()
-        start = time.monotonic()
-        num_encoded = _encode_share(settings, plan, job, ranks)
+        with LatentWriter(settings.out) as writer:
+            blocks = share_of_blocks(writer, plan.batch_size, ranks.rank, ranks.world_size)
+            ranks.barrier()  # nobody writes before all have divided the same work
+            start = time.monotonic()
+            num_encoded = _encode_share(settings, job, writer, blocks, ranks)
     seconds = round(time.monotonic() - start, 3)
     return replace(summarize(settings.out), num_encoded=num_encoded, seconds=seconds)
 
@@ -184,18 +188,19 @@ def _prepare(out: Path, plan: CachePlan, job: Job, num_shards: int) -> None:
         )
 
 
-def _encode_share(settings: CacheSettings, plan: CachePlan, job: Job, ranks: Ranks) -> int:
-    """Make the missing rows that fall to this rank; the number of images made."""
-    workers = settings.workers or os.cpu_count() or 1
-    with LatentWriter(settings.out) as writer, _stop_on_sigterm():
-        blocks = share_of_blocks(writer, plan.batch_size, ranks.rank, ranks.world_size)
-        before = writer.states == WRITTEN
-        todo = sum(int(np.count_nonzero(~before[block.start : block.stop])) for block in blocks)
-        label = "caching" if ranks.world_size == 1 else f"caching, rank 0 of {ranks.world_size}"
-        bad = BadList(bad_list_path(settings.out), settings.max_bad)
-        with progress(todo, label, enabled=ranks.is_main and todo > 0) as display, _disk_errors(settings.out):
-            encode_blocks(job, blocks, writer, bad, display, workers)
-        return int(np.count_nonzero((writer.states == WRITTEN) & ~before))
+def _encode_share(settings: CacheSettings, job: Job, writer: LatentWriter, blocks: list[Block], ranks: Ranks) -> int:
+    """Make the missing rows of some blocks; the number of images made."""
+    before = writer.states == WRITTEN
+    todo = sum(int(np.count_nonzero(~before[block.start : block.stop])) for block in blocks)
+    label = "caching" if ranks.world_size == 1 else f"caching, rank 0 of {ranks.world_size}"
+    bad = BadList(bad_list_path(settings.out), settings.max_bad)
+    with (
+        _stop_on_sigterm(),
+        _disk_errors(settings.out),
+        progress(todo, label, enabled=ranks.is_main and todo > 0) as display,
+    ):
+        encode_blocks(job, blocks, writer, bad, display, settings.workers or os.cpu_count() or 1)
+    return int(np.count_nonzero((writer.states == WRITTEN) & ~before))
 
 
 @contextmanager

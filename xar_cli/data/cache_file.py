@@ -316,6 +316,7 @@ def _create_contiguous(file: h5py.File, name: str, shape: tuple[int, ...], dtype
     properties.set_layout(h5py.h5d.CONTIGUOUS)
     properties.set_alloc_time(h5py.h5d.ALLOC_TIME_EARLY)
     properties.set_fill_time(h5py.h5d.FILL_TIME_NEVER)
+    properties.set_obj_track_times(False)  # equal caches are equal files
     h5py.h5d.create(
         file.id,
         name.encode(),
