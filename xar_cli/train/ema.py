@@ -46,4 +46,4 @@ class WeightAverages:
 
 def ema_group(decay: float) -> str:
     """Name of an average's tensor group in a checkpoint."""
-    return f"ema-{decay:g}"
+    return f"ema-{decay!r}"

@@ -1,0 +1,39 @@
+"""A training run small enough for a test: a network of a few thousand weights on a cache of 37 random images."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from tests.caches import pixel_recipe
+from xar_cli.config import Config
+from xar_cli.logs import read_metrics
+from xar_cli.run_dir import RunDir
+from xar_cli.train.loop import TrainSettings
+
+SMALL = (
+    "model={dim: 16, depth: 1, heads: 2, dropout: 0.1}",
+    "data.mirror=true",
+    "train.global_batch_size=8",
+    "train.max_batch_per_rank=8",
+    "train.epochs=2",  # 10 steps: an epoch ends inside step 4
+    "train.base_lr=0.03",
+    "train.log_every=1",
+    "train.checkpoint_every=4",
+    "train.ema_decays=[0.9, 0.5]",
+    "sample.num_steps=2",
+    "sample.batch_size=8",
+)
+
+
+def small_recipe(*overrides: str) -> Config:
+    """10 steps of 8 images, dropout on, mirror images, two averages."""
+    return pixel_recipe(*SMALL, *overrides)
+
+
+def settings(config: Config, data: Path, out: Path, **more) -> TrainSettings:
+    return TrainSettings(config=config, data=data, out=out, device="cpu", **more)
+
+
+def losses(out: Path) -> dict[int, float]:
+    """Loss of every logged step."""
+    return {record["step"]: record["loss"] for record in read_metrics(RunDir(out).metrics) if "loss" in record}

@@ -1,0 +1,105 @@
+"""One process: the run goes on bit for bit, and bad input is a sentence."""
+
+import pytest
+import torch
+
+from tests.caches import make_cache
+from tests.runs import losses, settings, small_recipe
+from xar_cli.checkpoint import latest_checkpoint
+from xar_cli.errors import UserError
+from xar_cli.run_dir import RunDir
+from xar_cli.train import loop
+from xar_cli.train.loop import train
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    return make_cache(tmp_path_factory.mktemp("cache") / "latents.h5")
+
+
+@pytest.fixture(scope="module")
+def whole(data, tmp_path_factory):
+    """A run of 10 steps without interruption."""
+    out = tmp_path_factory.mktemp("whole") / "run"
+    train(settings(small_recipe(), data, out))
+    return out
+
+
+def final_tensors(out):
+    checkpoint = latest_checkpoint(RunDir(out))
+    return {f"{group}/{name}": t for group in checkpoint.groups for name, t in checkpoint.tensors(group).items()}
+
+
+class Stop(Exception):
+    pass
+
+
+def train_until(monkeypatch, step, *arguments):
+    """Train, and fail when optimizer step `step` is about to be taken."""
+    take_step = loop._step
+
+    def fail(state, *rest):
+        if state.step == step:
+            raise Stop
+        return take_step(state, *rest)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(loop, "_step", fail)
+        with pytest.raises(Stop):
+            train(settings(*arguments))
+
+
+@pytest.mark.parametrize("stop_at", [3, 5, 9])  # before the first checkpoint, in the second epoch, after the second
+def test_resume_is_bit_for_bit(whole, data, tmp_path, monkeypatch, stop_at):
+    out = tmp_path / "run"
+    train_until(monkeypatch, stop_at, small_recipe(), data, out)
+    train(settings(small_recipe(), data, out))
+    expected, found = final_tensors(whole), final_tensors(out)
+    assert expected.keys() == found.keys()
+    assert all(found[name].equal(tensor) for name, tensor in expected.items())
+    assert losses(out) == losses(whole)
+    assert sorted(losses(out)) == list(range(1, 11))
+
+
+def test_dropout_is_on(whole, data, tmp_path):
+    train(settings(small_recipe("model.dropout=0"), data, tmp_path / "run"))
+    assert losses(tmp_path / "run")[1] != losses(whole)[1]
+
+
+def test_accumulation_does_not_change_the_losses(data, tmp_path):
+    for at_most in (8, 2):
+        config = small_recipe("model.dropout=0", f"train.max_batch_per_rank={at_most}")
+        train(settings(config, data, tmp_path / str(at_most)))
+    ours, theirs = losses(tmp_path / "8"), losses(tmp_path / "2")
+    assert [theirs[step] for step in ours] == pytest.approx(list(ours.values()), rel=1e-5)
+
+
+def test_a_finished_run_stays_as_it_is(whole, data):
+    before = final_tensors(whole)
+    result = train(settings(small_recipe(), data, whole))
+    assert result["steps"] == 10
+    assert all(tensor.equal(before[name]) for name, tensor in final_tensors(whole).items())
+
+
+def test_a_missing_cache_writes_nothing(tmp_path):
+    with pytest.raises(UserError):
+        train(settings(small_recipe(), tmp_path / "none.h5", tmp_path / "run"))
+    assert not (tmp_path / "run").exists()
+
+
+def test_too_small_a_cache_writes_nothing(data, tmp_path):
+    with pytest.raises(UserError, match="fewer than one global batch"):
+        train(settings(small_recipe("train.global_batch_size=64"), data, tmp_path / "run"))
+    assert not (tmp_path / "run").exists()
+
+
+def test_another_grid_writes_nothing(data, tmp_path):
+    with pytest.raises(UserError, match="image size"):
+        train(settings(small_recipe("data.image_size=16"), data, tmp_path / "run"))
+    assert not (tmp_path / "run").exists()
+
+
+def test_random_state_outside_does_not_matter(whole, data, tmp_path):
+    torch.manual_seed(999)
+    train(settings(small_recipe(), data, tmp_path / "run"))
+    assert losses(tmp_path / "run") == losses(whole)

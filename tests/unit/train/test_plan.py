@@ -1,0 +1,55 @@
+import pytest
+
+from tests.runs import small_recipe
+from xar_cli.config import load_recipe
+from xar_cli.errors import UserError
+from xar_cli.train.plan import accumulation_steps, describe_plan, make_plan
+
+IMAGENET = 1_281_167
+
+
+@pytest.mark.parametrize(
+    ("world", "at_most", "accumulation"), [(1, 64, 32), (8, 64, 4), (64, 64, 1), (8, 256, 1), (8, 100, 4), (2, 1, 1024)]
+)
+def test_accumulation(world, at_most, accumulation):
+    assert accumulation_steps(2048, world, at_most) == accumulation
+
+
+def test_impossible_division_names_the_possible_ones():
+    with pytest.raises(UserError) as caught:
+        accumulation_steps(2048, 24, 64)
+    assert caught.value.message == "A global batch of 2048 cannot be divided over 24 ranks."
+    assert "8, 16, 32, 64" in caught.value.next_step or "16, 32" in caught.value.next_step
+
+
+@pytest.mark.parametrize(("name", "parameters"), [("base", 172.6), ("large", 608.4), ("huge", 1186.0)])
+def test_published_runs(name, parameters):
+    plan = make_plan(load_recipe(name), 64, IMAGENET)
+    assert round(plan.parameters / 1e6, 1) == parameters
+    assert plan.total_steps == 500456  # 800 epochs of 625.57 steps
+    assert plan.warmup_steps == 62557
+    assert plan.decay_start_step == 375342
+    assert plan.peak_lr == pytest.approx(4e-4)
+    assert plan.batch_size_per_rank * plan.accumulation_steps * plan.world_size == 2048
+    # weights, both moments and one average, 4 bytes each; the padding of the MLP is little
+    assert plan.checkpoint_bytes == pytest.approx(16 * plan.parameters, rel=0.02)
+
+
+def test_memory_grows_with_batch_and_averages():
+    base = make_plan(load_recipe("base"), 8, IMAGENET).memory_bytes
+    assert make_plan(load_recipe("base", ["train.max_batch_per_rank=32"]), 8, IMAGENET).memory_bytes < base
+    two = make_plan(load_recipe("base", ["train.ema_decays=[0.9999, 0.9996]"]), 8, IMAGENET).memory_bytes
+    assert two - base == pytest.approx(4 * 172.6e6, rel=0.02)
+
+
+def test_cache_smaller_than_a_batch():
+    with pytest.raises(UserError, match="holds 5 images, fewer than one global batch of 8"):
+        make_plan(small_recipe(), 1, 5)
+
+
+def test_description_says_how_the_batch_is_made_up(tmp_path):
+    config = load_recipe("huge")
+    rows = dict(describe_plan(config, make_plan(config, 8, IMAGENET), tmp_path))
+    assert rows["global batch"].startswith("2048 = 8 ranks x 16 accumulation x 16 images")
+    assert "1.24" in rows["published FID"]
+    assert str(tmp_path) in rows["written to"]

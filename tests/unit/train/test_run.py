@@ -1,0 +1,95 @@
+import json
+
+import pytest
+
+from tests.caches import make_cache, make_layout
+from tests.runs import small_recipe
+from xar_cli.config import load_config_file
+from xar_cli.data.latents import LatentReader
+from xar_cli.errors import UserError
+from xar_cli.logs import MetricsWriter, read_metrics
+from xar_cli.run_dir import RunDir
+from xar_cli.train.run import check_cache, check_run, config_differences, cut_metrics, open_run
+
+
+@pytest.fixture
+def reader(tmp_path):
+    with LatentReader(make_cache(tmp_path / "latents.h5")) as reader:
+        yield reader
+
+
+@pytest.fixture
+def run(tmp_path, reader):
+    run = RunDir(tmp_path / "run")
+    open_run(run, small_recipe(), tmp_path / "latents.h5", reader)
+    return run
+
+
+def test_a_new_folder_is_not_created_by_the_check(tmp_path):
+    check_run(tmp_path / "new", small_recipe(), 0)
+    assert not (tmp_path / "new").exists()
+
+
+def test_opening_writes_config_and_identity(run, reader):
+    assert load_config_file(run.config) == small_recipe()
+    identity = json.loads(run.identity.read_text())
+    assert identity["data_hash"] == reader.content_hash
+    assert identity["class_names"][0] == "digit-0"
+
+
+def test_the_same_config_is_accepted(run):
+    assert check_run(run.root, small_recipe(), 0) == run
+
+
+def test_differences_are_listed(run):
+    with pytest.raises(UserError) as caught:
+        check_run(run.root, small_recipe("train.epochs=3", "model.depth=2"), 0)
+    assert "model.depth: 1 there, 2 here" in caught.value.message
+    assert "train.epochs: 2" in caught.value.message
+
+
+def test_differences_of_lists_and_kinds():
+    found = config_differences(
+        small_recipe(), small_recipe("train.ema_decays=[0.9]", "entity={kind: subsample, stride: 2}")
+    )
+    assert any(line.startswith("train.ema_decays: [0.9, 0.5] there, [0.9] here") for line in found)
+    assert any(line.startswith("entity.kind: cell there, subsample here") for line in found)
+
+
+def test_a_folder_of_something_else(tmp_path):
+    (tmp_path / "photos").mkdir()
+    (tmp_path / "photos" / "cat.png").write_bytes(b"")
+    with pytest.raises(UserError, match="is not empty and is not a run folder"):
+        check_run(tmp_path / "photos", small_recipe(), 0)
+
+
+def test_no_disk_space(tmp_path):
+    with pytest.raises(UserError, match="Not enough disk space for checkpoints"):
+        check_run(tmp_path / "run", small_recipe(), 10**18)
+
+
+def test_another_cache_is_refused(run, tmp_path):
+    from tests.caches import LABELS
+
+    LABELS[0] = 3
+    try:
+        other = make_cache(tmp_path / "other.h5")
+    finally:
+        LABELS[0] = 0
+    with LatentReader(other) as reader, pytest.raises(UserError, match="made with another latent cache"):
+        open_run(run, small_recipe(), other, reader)
+
+
+def test_mirror_without_mirror_images(tmp_path):
+    path = make_cache(tmp_path / "plain.h5", make_layout(flip=False))
+    with LatentReader(path) as reader, pytest.raises(UserError, match="cache holds none"):
+        check_cache(reader, small_recipe())
+
+
+def test_metrics_are_cut_back_to_the_checkpoint(run):
+    writer = MetricsWriter(run.metrics)
+    for step in range(1, 8):
+        writer.write(step=step, loss=1.0)
+    writer.close()
+    cut_metrics(run, 4)
+    assert [record["step"] for record in read_metrics(run.metrics)] == [1, 2, 3, 4]
