@@ -78,14 +78,14 @@ def train(settings: TrainSettings) -> dict[str, Any]:
 def dry_run_plan(config: Config, data: Path | None, out: Path, world_size: int) -> TrainPlan:
     """The plan of a run, with every check that can be made before it starts; nothing is written.
 
-    Without a latent cache the plan is for the number of images that the recipe states.
+    Without a latent cache the plan is for the number of images that the recipe states, perhaps for another machine:
+    this one's disk is not asked then.
     """
-    num_images = config.data.num_images
-    if data is not None:
-        with LatentReader(data) as reader:
-            check_cache(reader, config)
-            num_images = reader.num_samples
-    plan = make_plan(config, world_size, num_images)
+    if data is None:
+        return make_plan(config, world_size, config.data.num_images)
+    with LatentReader(data) as reader:
+        check_cache(reader, config)
+        plan = make_plan(config, world_size, reader.num_samples)
     check_run(out, config, plan.disk_bytes)
     return plan
 
