@@ -1,0 +1,51 @@
+"""`xar quickstart` as a person runs it, in its short form, as a real process."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+
+from PIL import Image
+
+
+def quickstart(*arguments: str) -> subprocess.CompletedProcess:
+    return subprocess.run(
+        [sys.executable, "-m", "xar_cli", "quickstart", *arguments], capture_output=True, text=True, check=False
+    )
+
+
+def test_short_form_runs_through_reports_and_resumes(tmp_path):
+    out = tmp_path / "quickstart"
+    first = quickstart("--out", str(out), "--minutes", "0.2", "--json")
+    assert first.returncode == 0, first.stderr
+    assert len(first.stdout.splitlines()) == 1
+    result = json.loads(first.stdout)
+    # A few seconds of training do not draw digits, but they must have moved away from the untrained network.
+    assert 0 < result["frechet_floor"] < result["frechet_distance"] < result["frechet_ceiling"]
+    assert 0 <= result["class_accuracy"] <= 1
+    assert result["seconds"] > 0
+    with Image.open(result["paths"]["grid"]) as grid:
+        assert grid.width > 500
+    assert len(list((out / "samples").glob("*.png"))) == 500
+
+    # Finished: the result is said again, and nothing is made anew.
+    again = quickstart("--out", str(out), "--json")
+    assert json.loads(again.stdout) == result
+    assert "holds a finished quickstart" in again.stderr
+
+    # Half of it lost: the rest is made again, and the samples of the same seed are the same.
+    (out / "quickstart.json").unlink()
+    kept = (out / "samples" / "000007.png").read_bytes()
+    for path in list((out / "samples").glob("*.png"))[::2]:
+        path.unlink()
+    third = quickstart("--out", str(out), "--json")
+    assert third.returncode == 0, third.stderr
+    repeated = json.loads(third.stdout)
+    assert (out / "samples" / "000007.png").read_bytes() == kept
+    assert repeated["class_accuracy"] == result["class_accuracy"]
+    assert repeated["frechet_distance"] == result["frechet_distance"]
+
+    other = quickstart("--out", str(out), "--seed", "5")
+    assert other.returncode == 2
+    assert "holds a quickstart with seed 0" in other.stderr

@@ -1,0 +1,101 @@
+"""The `xar` program itself: help, version, errors and their exit codes."""
+
+from __future__ import annotations
+
+import pytest
+
+from xar_cli import __version__
+from xar_cli.cli import app as app_module
+from xar_cli.cli.app import main
+from xar_cli.errors import UserError
+
+
+def run(capsys, *arguments: str) -> tuple[int, str, str]:
+    with pytest.raises(SystemExit) as caught:
+        main(list(arguments))
+    captured = capsys.readouterr()
+    return caught.value.code, captured.out, captured.err
+
+
+def test_version(capsys):
+    assert run(capsys, "--version") == (0, f"xar {__version__}\n", "")
+
+
+@pytest.mark.parametrize("command", ["quickstart", "cache-latents", "train", "sample", "fid", "recipes"])
+def test_every_command_has_help(capsys, command):
+    code, out, _ = run(capsys, command, "--help")
+    assert code == 0
+    assert "Usage: xar " + command in out
+
+
+def test_unknown_command_and_option_exit_with_2(capsys):
+    code, _, err = run(capsys, "trian")
+    assert code == 2
+    assert "No such command" in err
+    assert run(capsys, "train", "--recpie", "base")[0] == 2
+
+
+def test_recipes_list_show_validate(capsys):
+    code, out, _ = run(capsys, "recipes", "list")
+    assert code == 0
+    assert all(name in out for name in ("tiny", "base", "large", "huge"))
+    code, out, _ = run(capsys, "recipes", "show", "huge", "--set", "train.epochs=400")
+    assert code == 0
+    assert "epochs: 400.0" in out
+    assert run(capsys, "recipes", "validate", "base")[0] == 0
+    assert run(capsys, "recipes", "schema")[0] == 0
+    code, _, err = run(capsys, "recipes", "validate", "base", "--set", "train.epohcs=400")
+    assert code == 2
+    assert "did you mean 'epochs'" in err
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ("train",),
+        ("train", "--recipe", "hug", "--dry-run"),
+        ("train", "--recipe", "tiny"),
+        ("train", "--recipe", "tiny", "--data", "missing.h5"),
+        ("train", "--recipe", "huge", "--dry-run", "--nproc-per-node", "3"),
+        ("train", "--recipe", "huge", "--dry-run", "--nnodes", "2"),
+        ("sample",),
+        ("sample", "--run", "missing"),
+        ("fid", "--samples", "missing", "--reference", "missing", "--protocol", "digits"),
+        ("cache-latents", "--images", "missing", "--out", "x.h5", "--recipe", "tiny"),
+    ],
+)
+def test_bad_input_is_a_sentence_a_next_step_and_exit_code_2(capsys, arguments, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    code, out, err = run(capsys, *arguments)
+    assert code == 2
+    assert out == ""
+    assert err.startswith("error: ")
+    assert "\n  next: " in err
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_dry_run_prints_the_plan_of_the_whole_of_imagenet(capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    code, out, _ = run(
+        capsys, "train", "--recipe", "huge", "--dry-run", "--nproc-per-node", "8", "--nnodes", "8",
+        "--rdzv-endpoint", "node0:29500",
+    )  # fmt: skip
+    assert code == 0
+    assert "1186.0 M" in out
+    assert "1,281,167 images" in out
+    assert "2048 = 64 ranks x 2 accumulation x 16 images" in out
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_ctrl_c_is_130_and_a_user_error_keeps_its_code(capsys, monkeypatch):
+    def interrupted(**_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(app_module, "app", interrupted)
+    assert run(capsys)[0] == 130
+
+    def failed(**_: object) -> None:
+        raise UserError("The disk is full.", "Free some space.", exit_code=1)
+
+    monkeypatch.setattr(app_module, "app", failed)
+    assert run(capsys) == (1, "", "error: The disk is full.\n  next: Free some space.\n")

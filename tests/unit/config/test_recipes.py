@@ -1,0 +1,141 @@
+"""Recipes: finding, overriding, validating, writing down; the published settings; the sizes of the networks."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+
+from xar_cli.config import Config, dump_config, list_recipes, load_config_file, load_recipe
+from xar_cli.config.recipes import json_schema, override, validate
+from xar_cli.errors import UserError
+from xar_cli.model import XAR
+from xar_cli.model.transformer import count_parameters
+
+PUBLISHED = {
+    # name: (dim, depth, heads, steps, guidance, parameters in millions, FID)
+    "base": (768, 8, 12, 40, 2.7, 172.6, 1.72),
+    "large": (1024, 16, 16, 50, 2.3, 608.4, 1.28),
+    "huge": (1280, 20, 16, 50, 2.2, 1186.0, 1.24),
+}
+
+
+@pytest.mark.parametrize("name", list_recipes())
+def test_every_shipped_recipe_is_valid_and_reloads_to_an_equal_object(name, tmp_path):
+    config = load_recipe(name)
+    path = tmp_path / "config.yaml"
+    path.write_text(dump_config(config))
+    assert load_config_file(path) == config
+    assert config.name == name
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_published_settings(name):
+    dim, depth, heads, steps, guidance, parameters, fid = PUBLISHED[name]
+    config = load_recipe(name)
+    assert (config.model.dim, config.model.depth, config.model.heads) == (dim, depth, heads)
+    assert (config.sample.num_steps, config.sample.guidance_scale) == (steps, guidance)
+    assert config.sample.solver == "euler_maruyama"
+    assert config.published is not None
+    assert config.published.fid == fid
+    assert (config.grid, config.latent_channels, config.null_label) == ((16, 16), 16, 1000)
+    assert (config.entity.kind, config.entity.size) == ("cell", 8)
+    assert config.tokenizer.latent_scale == 0.2325
+    train = config.train
+    assert (train.epochs, train.global_batch_size) == (800, 2048)
+    assert train.lr == pytest.approx(4e-4)
+    assert (train.warmup_fraction, train.decay_start_fraction, train.min_lr) == (1 / 8, 3 / 4, 1e-5)
+    assert (train.betas, train.weight_decay, train.grad_clip) == ((0.9, 0.96), 0.02, 1.0)
+    assert (train.label_dropout, config.model.dropout, train.ema_decays[0]) == (0.1, 0.1, 0.9999)
+    with torch.device("meta"):
+        assert round(count_parameters(XAR(config)) / 1e6, 1) == parameters == config.published.parameters
+
+
+def test_unknown_recipe_offers_the_nearest():
+    with pytest.raises(UserError) as caught:
+        load_recipe("hugh")
+    assert caught.value.next_step == "Did you mean 'huge'?"
+    assert caught.value.exit_code == 2
+
+
+def test_all_faults_are_reported_at_once_each_with_the_nearest_key():
+    with pytest.raises(UserError) as caught:
+        load_recipe("base", ["train.global_batch=3", "model.dim=wide", "tokenizer.latent_scael=2", "colour=red"])
+    text = caught.value.message
+    assert "has 4 faults" in text
+    assert "train.global_batch: unknown key; did you mean 'global_batch_size'?" in text
+    assert "tokenizer.latent_scael: unknown key; did you mean 'latent_scale'?" in text
+    assert "model.dim: Input should be a valid integer" in text
+    assert "colour: unknown key" in text
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["entity.size=7"], "entity.size 7 does not divide the 16 x 16 grid"),
+        (["model.heads=7"], "must be a whole multiple of 4"),
+        (["data.image_size=250"], "not a multiple of the tokenizer's 16 pixels"),
+        (["data.image_channels=1"], "needs data.image_channels: 3"),
+        (["sample.num_steps=1"], "needs num_steps of 2 or more"),
+        (["train.decay_start_fraction=0.1"], "must not lie before warmup_fraction"),
+        (["train.ema_decays=[1.0]"], "must lie in"),
+        (["entity={kind: subsample, stride: 3}"], "entity.stride 3 does not divide"),
+        (["entity={kind: scale, sizes: [1, 2, 8]}"], "is not the 16 x 16 grid"),
+        (["entity={kind: scale, sizes: [1, 3, 16]}"], "each must divide the last"),
+    ],
+)
+def test_values_that_do_not_fit_together_are_refused(overrides, message):
+    with pytest.raises(UserError) as caught:
+        load_recipe("base", overrides)
+    assert message in caught.value.message
+
+
+@pytest.mark.parametrize("entity", ["{kind: token}", "{kind: image}", "{kind: subsample, stride: 4}"])
+def test_other_entities_are_accepted(entity):
+    assert load_recipe("base", [f"entity={entity}"]).entity.kind in entity
+
+
+@pytest.mark.parametrize("text", ["train.epochs", "=3", "name.deeper=3", "model.dim={"])
+def test_malformed_overrides(text):
+    with pytest.raises(UserError, match="--set"):
+        load_recipe("base", [text])
+
+
+def test_override_keeps_the_rest():
+    config = load_recipe("base")
+    changed = override(config, ["train.epochs=400", "sample.num_steps=20"])
+    assert (changed.train.epochs, changed.sample.num_steps) == (400, 20)
+    assert override(changed, ["train.epochs=800", "sample.num_steps=40"]) == config
+
+
+def test_scientific_notation_without_a_dot_is_a_number():
+    assert load_recipe("base", ["train.base_lr=5e-5"]).train.base_lr == 5e-5
+
+
+@pytest.mark.parametrize("content", ["- a list\n", "a: [1\n", None])
+def test_unreadable_files(content, tmp_path):
+    path = tmp_path / "mine.yaml"
+    if content is not None:
+        path.write_text(content)
+    with pytest.raises(UserError):
+        load_recipe(str(path))
+
+
+def test_config_is_frozen():
+    config = load_recipe("tiny")
+    with pytest.raises(ValueError, match="frozen"):
+        config.train.epochs = 3  # type: ignore[misc]
+
+
+def test_json_schema_describes_every_key():
+    schema = json.loads(json_schema())
+    assert schema["properties"]["train"]
+    fields = schema["$defs"]["TrainConfig"]["properties"]
+    assert all("description" in field for field in fields.values())
+
+
+def test_validate_names_its_source():
+    with pytest.raises(UserError, match=r"^my\.yaml has"):
+        validate({}, "my.yaml")
+    assert isinstance(validate(load_recipe("tiny").model_dump(mode="json"), "x"), Config)
