@@ -47,7 +47,9 @@ def cache_latents(
     overrides: SetOption = None,
     tokenizer_weights: TokenizerWeightsOption = None,
     precision: Annotated[str, typer.Option(help="Arithmetic of kl16: fp32 or bf16.")] = "fp32",
-    flip: Annotated[str, typer.Option(help="encode: store the mirror image too; none: do not.")] = "encode",
+    flip: Annotated[
+        str | None, typer.Option(help="encode: store the mirror image too; none: do not. Default: as data.mirror.")
+    ] = None,
     dtype: Annotated[str, typer.Option(help="float16 or float32, as stored.")] = "float16",
     skip_bad: Annotated[bool, typer.Option("--skip-bad", help="Leave out any number of unusable images.")] = False,
     max_bad: Annotated[int, typer.Option(help="Unusable images to leave out before the work ends.")] = 0,
@@ -81,14 +83,15 @@ def cache_latents(
     if source is None or out is None or recipe is None:
         missing = "--out" if out is None else "--recipe"
         raise UserError(f"{missing} is missing.", "See `xar cache-latents --help`.")
+    config = load_recipe(recipe, overrides or ())
     settings = CacheSettings(
         images=source.absolute(),
         out=out.absolute(),
-        config=load_recipe(recipe, overrides or ()),
+        config=config,
         from_mar=from_mar is not None,
         tokenizer_weights=tokenizer_weights and tokenizer_weights.absolute(),
         precision=precision,
-        flip=flip,
+        flip=flip or ("encode" if config.data.mirror else "none"),
         dtype=dtype,
         max_bad=None if skip_bad else max_bad,
         batch_size=batch_size,
