@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import threading
+from bisect import bisect_right
 from typing import Any
 
 import h5py
@@ -41,12 +42,9 @@ class RowReader:
         Raises:
             OSError: the file is gone or has become shorter.
         """
-        layout = self._file.layout
-        moments = np.empty((len(rows), *layout.row_shape), layout.dtype)
-        if self._shards:
-            self._read_bytes(rows, which, moments)
-        else:
-            self._read_hdf5(rows, which, moments)
+        moments = np.empty((len(rows), *self._row_shape), self._dtype)
+        read = self._read_bytes if self._shards else self._read_hdf5
+        read(rows.tolist(), which.tolist(), moments)
         return moments
 
     def close(self) -> None:
@@ -71,22 +69,28 @@ class RowReader:
     def _open(self) -> None:
         self._copy = MemoryCopy(self._file) if self._in_memory else None
         self._shards = [self._copy.shard] if self._copy else self._file.shards
-        self._starts = np.array([shard.start for shard in self._shards])
-        names = self._file.layout.moments_names
-        self._bases = np.array([[shard.offsets[name] for name in names] for shard in self._shards])
+        layout = self._file.layout
+        self._row_shape, self._row_bytes, self._dtype = layout.row_shape, layout.row_bytes, np.dtype(layout.dtype)
+        self._stops = [shard.stop for shard in self._shards]
+        # Where row 0 would lie if the file held all rows from 0 on: one multiplication finds any row of a shard.
+        self._origins = [
+            [shard.offsets[name] - shard.start * self._row_bytes for name in layout.moments_names]
+            for shard in self._shards
+        ]
         self._lock = threading.Lock()
         self._hdf5: tuple[int, h5py.File] | None = None
         self._descriptors = [os.open(shard.path, os.O_RDONLY | os.O_CLOEXEC) for shard in self._shards]
 
-    def _read_bytes(self, rows: np.ndarray, which: np.ndarray, out: np.ndarray) -> None:
-        size, preadv, descriptors = self._file.layout.row_bytes, os.preadv, self._descriptors
-        shards = np.searchsorted(self._starts, rows, side="right") - 1
-        places = (self._bases[shards, which] + (rows - self._starts[shards]) * size).tolist()
-        view = memoryview(out).cast("B")  # type: ignore[arg-type]
-        for i, (shard, place) in enumerate(zip(shards.tolist(), places, strict=True)):
-            part = view[i * size : (i + 1) * size]
-            if preadv(descriptors[shard], (part,), place) != size:
-                self._read_again(descriptors[shard], part, place)
+    def _read_bytes(self, rows: list[int], which: list[int], out: np.ndarray) -> None:
+        size, preadv = self._row_bytes, os.preadv  # a call or two a sample is all there is: no arrays, no copies
+        view, filled = memoryview(out).cast("B"), 0  # type: ignore[arg-type]
+        for row, image in zip(rows, which, strict=True):
+            shard = bisect_right(self._stops, row)
+            place = self._origins[shard][image] + row * size
+            part = view[filled : filled + size]
+            if preadv(self._descriptors[shard], (part,), place) != size:
+                self._read_again(self._descriptors[shard], part, place)
+            filled += size
 
     def _read_again(self, descriptor: int, part: memoryview, place: int) -> None:
         """Read what a single call did not give in one piece (a signal, a network disk)."""
@@ -96,12 +100,12 @@ class RowReader:
                 raise OSError(f"{self._file.path}: the file has become shorter while it was being read")
             part, place = part[done:], place + done
 
-    def _read_hdf5(self, rows: np.ndarray, which: np.ndarray, out: np.ndarray) -> None:
+    def _read_hdf5(self, rows: list[int], which: list[int], out: np.ndarray) -> None:
         """Read through h5py, with a handle of this process (a handle must not cross fork)."""
         with self._lock:
             if self._hdf5 is None or self._hdf5[0] != os.getpid():
                 self._hdf5 = (os.getpid(), open_hdf5(self._file.path))
             file = self._hdf5[1]
             datasets = [file[name] for name in self._file.layout.moments_names]
-            for i, (row, mirror) in enumerate(zip(rows.tolist(), which.tolist(), strict=True)):
+            for i, (row, mirror) in enumerate(zip(rows, which, strict=True)):
                 datasets[mirror].read_direct(out, np.s_[row], np.s_[i])
