@@ -27,9 +27,7 @@ def recipes_folder() -> Path:
 def list_recipes() -> dict[str, Path]:
     """Every shipped recipe by name (`base`, `ablations/cell-4`), in alphabetical order."""
     folder = recipes_folder()
-    return {
-        path.relative_to(folder).with_suffix("").as_posix(): path for path in sorted(folder.rglob("*.yaml"))
-    }
+    return {path.relative_to(folder).with_suffix("").as_posix(): path for path in sorted(folder.rglob("*.yaml"))}
 
 
 def load_recipe(name_or_file: str, overrides: Sequence[str] = ()) -> Config:
@@ -61,9 +59,7 @@ def load_config_file(path: Path, overrides: Sequence[str] = ()) -> Config:
         ) from None
     except yaml.YAMLError as error:
         where = " ".join(str(error).split())
-        raise UserError(
-            f"The recipe '{path}' is not valid YAML: {where}.", "Mend the file at that place."
-        ) from None
+        raise UserError(f"The recipe '{path}' is not valid YAML: {where}.", "Mend the file at that place.") from None
     if not isinstance(values, dict):
         raise UserError(
             f"The recipe '{path}' is not a mapping of sections.", "See `xar recipes show tiny` for the form."
@@ -96,9 +92,7 @@ def override(config: Config, overrides: Sequence[str]) -> Config:
 
 def dump_config(config: Config) -> str:
     """The resolved config as YAML; loading it gives an equal object."""
-    return yaml.safe_dump(
-        config.model_dump(mode="json", exclude_none=True), sort_keys=False, allow_unicode=True
-    )
+    return yaml.safe_dump(config.model_dump(mode="json", exclude_none=True), sort_keys=False, allow_unicode=True)
 
 
 def json_schema() -> str:
@@ -125,9 +119,7 @@ def _apply_override(values: dict[str, Any], override: str) -> None:
     try:
         value = yaml.safe_load(text)
     except yaml.YAMLError:
-        raise UserError(
-            f"'--set {override}': '{text}' is not a YAML value.", "Quote it for your shell."
-        ) from None
+        raise UserError(f"'--set {override}': '{text}' is not a YAML value.", "Quote it for your shell.") from None
     if isinstance(value, dict) and isinstance(place.get(last), dict) and "kind" not in value:
         value = {**place[last], **value}
     place[last] = value

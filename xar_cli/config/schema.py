@@ -105,9 +105,7 @@ class ScaleEntity(Section):
         """Why this entity cannot group a grid, or None."""
         if grid != (self.sizes[-1], self.sizes[-1]):
             return f"the last of entity.sizes, {self.sizes[-1]}, is not the {grid[0]} x {grid[1]} grid"
-        if any(size < 1 or self.sizes[-1] % size for size in self.sizes) or list(self.sizes) != sorted(
-            set(self.sizes)
-        ):
+        if any(size < 1 or self.sizes[-1] % size for size in self.sizes) or list(self.sizes) != sorted(set(self.sizes)):
             return f"entity.sizes {list(self.sizes)} must rise, and each must divide the last"
         return None
 
@@ -121,9 +119,7 @@ class ModelConfig(Section):
     """The network (paper, Table 6)."""
 
     dim: int = Field(gt=0, description="Width D of the hidden states.")
-    depth: int = Field(
-        gt=0, description="Blocks in the encoder stack, and as many again in the decoder stack."
-    )
+    depth: int = Field(gt=0, description="Blocks in the encoder stack, and as many again in the decoder stack.")
     heads: int = Field(gt=0, description="Attention heads; dim / heads must be a multiple of 4 for 2-D RoPE.")
     dropout: float = Field(0.1, ge=0, lt=1, description="Dropout on attention and MLP while training.")
 
@@ -165,9 +161,7 @@ class TrainConfig(Section):
         min_length=1,
         description="Decays of the weight averages; the first one is sampled by default.",
     )
-    label_dropout: float = Field(
-        0.1, ge=0, le=1, description="Probability that a label becomes the null class."
-    )
+    label_dropout: float = Field(0.1, ge=0, le=1, description="Probability that a label becomes the null class.")
     precision: Literal["bf16", "fp16", "tf32", "fp32"] = Field(
         "bf16", description="Arithmetic of the forward and backward pass."
     )
@@ -193,13 +187,9 @@ class TrainConfig(Section):
 class SampleConfig(Section):
     """How images are drawn; the published settings are the defaults of the published recipes."""
 
-    solver: Literal["euler_maruyama", "euler"] = Field(
-        "euler_maruyama", description="Integrator inside one entity."
-    )
+    solver: Literal["euler_maruyama", "euler"] = Field("euler_maruyama", description="Integrator inside one entity.")
     num_steps: int = Field(gt=0, description="Network evaluations per entity.")
-    guidance_scale: float = Field(
-        ge=0, description="Classifier-free guidance of the last entity; 1 is no guidance."
-    )
+    guidance_scale: float = Field(ge=0, description="Classifier-free guidance of the last entity; 1 is no guidance.")
     batch_size: int = Field(64, gt=0, description="Images drawn together on one rank.")
 
     @model_validator(mode="after")
@@ -225,9 +215,7 @@ class Published(Section):
     precision: float | None = Field(None, description="Precision of the same samples.")
     recall: float | None = Field(None, description="Recall of the same samples.")
     parameters: float | None = Field(None, description="Parameters in millions.")
-    images_per_second: float | None = Field(
-        None, description="Sampling speed on one A100, batch 128, 50 steps."
-    )
+    images_per_second: float | None = Field(None, description="Sampling speed on one A100, batch 128, 50 steps.")
 
 
 class Config(Section):

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import pytest
 import torch
 
 from xar_cli.config import Config, dump_config, list_recipes, load_config_file, load_recipe
 from xar_cli.config.recipes import json_schema, override, validate
+from xar_cli.config.reference import config_reference
 from xar_cli.errors import UserError
 from xar_cli.model import XAR
 from xar_cli.model.transformer import count_parameters
@@ -139,3 +141,8 @@ def test_validate_names_its_source():
     with pytest.raises(UserError, match=r"^my\.yaml has"):
         validate({}, "my.yaml")
     assert isinstance(validate(load_recipe("tiny").model_dump(mode="json"), "x"), Config)
+
+
+def test_the_config_reference_in_docs_is_what_the_schema_says():
+    page = Path(__file__).resolve().parents[3] / "docs" / "config.md"
+    assert page.read_text(encoding="utf-8") == config_reference(), "run: xar recipes schema --markdown > docs/config.md"
