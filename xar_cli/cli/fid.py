@@ -1,48 +1,277 @@
-"""`xar fid`: numbers for a set of images against a reference, with the protocol beside each."""
+"""`xar fid`: numbers for images against a reference, with the protocol beside each; `stats`, `sweep`, `doctor`."""
 
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from xar_cli.cli.options import JsonOption
+from xar_cli.cli.options import (
+    DeviceOption,
+    JsonOption,
+    NnodesOption,
+    NodeRankOption,
+    NprocOption,
+    RdzvEndpointOption,
+    RunOption,
+    TokenizerWeightsOption,
+)
 
-app = typer.Typer(help="Judge images against a reference: Frechet distance and more, by named protocols.")
+if TYPE_CHECKING:
+    from xar_cli.evaluate import Settings
+
+app = typer.Typer(help="Judge images against a reference: FID and more, by named protocols.")
+
+SamplesOption = Annotated[
+    Path | None, typer.Option("--samples", help="Generated images: a folder, an ADM .npz, or an HDF5 file.")
+]
+ReferenceOption = Annotated[
+    Path | None, typer.Option("--reference", help="Real images: a folder, an ADM batch, or statistics (.npz).")
+]
+ProtocolOption = Annotated[
+    list[str] | None,
+    typer.Option("--protocol", help="adm, torch-fidelity, clean-fid, digits; several with commas. Default: adm."),
+]
+CountOption = Annotated[int | None, typer.Option("--count", min=2, help="Images to use. Default: all.")]
+ImageSizeOption = Annotated[
+    int | None, typer.Option("--image-size", min=1, help="Take ADM's centre crop of this side from image files.")
+]
+BatchOption = Annotated[int, typer.Option("--batch-size", min=1, help="Images per pass.")]
+WorkersOption = Annotated[int, typer.Option("--workers", min=1, help="Threads that decode images.")]
+PrecisionOption = Annotated[str, typer.Option("--precision", help="fp32, or bf16 for a quick look.")]
+CompileOption = Annotated[str, typer.Option("--compile", help="auto (from 1,000 images on), on or off.")]
+ErrorBarsOption = Annotated[str, typer.Option("--error-bars", help="subsets, bootstrap or none.")]
+ExtrapolateOption = Annotated[
+    bool, typer.Option("--fid-infinity", help="Also estimate the FID of infinitely many samples.")
+]
+SkipBadOption = Annotated[bool, typer.Option("--skip-bad", help="Leave out images that cannot be read.")]
+InceptionOption = Annotated[
+    list[Path] | None,
+    typer.Option("--inception-weights", help="torch-fidelity's .pth or clean-fid's .pt; may be repeated."),
+]
+VGG16Option = Annotated[Path | None, typer.Option("--vgg16-weights", help="torchvision's vgg16-397923af.pth.")]
+DownloadOption = Annotated[bool, typer.Option("--download", help="Fetch missing weights, checked by sha256.")]
+CacheOption = Annotated[
+    Path | None, typer.Option("--feature-cache", help="Folder of features. Default: ~/.cache/xar/features.")
+]
+NoCacheOption = Annotated[bool, typer.Option("--no-feature-cache", help="Keep no features.")]
 
 
 @app.callback(invoke_without_command=True)
 def fid(
     context: typer.Context,
-    samples: Annotated[
-        Path | None, typer.Option("--samples", help="Folder of images, or an ADM .npz batch.")
-    ] = None,
-    reference: Annotated[
-        Path | None, typer.Option("--reference", help="Real images to compare with.")
-    ] = None,
-    protocol: Annotated[str, typer.Option("--protocol", help="How to measure: digits.")] = "digits",
+    samples: SamplesOption = None,
+    run_folder: RunOption = None,
+    reference: ReferenceOption = None,
+    protocol: ProtocolOption = None,
+    report: Annotated[Path | None, typer.Option("--report", help="Folder for report.html, .md and .json.")] = None,
+    count: CountOption = None,
+    image_size: ImageSizeOption = None,
+    seed: Annotated[int, typer.Option(min=0, help="With --run: seed of noise and labels.")] = 0,
+    tokenizer_weights: TokenizerWeightsOption = None,
+    batch_size: BatchOption = 64,
+    workers: WorkersOption = 4,
+    precision: PrecisionOption = "fp32",
+    compile_mode: CompileOption = "auto",
+    error_bars: ErrorBarsOption = "subsets",
+    extrapolate: ExtrapolateOption = False,
+    skip_bad: SkipBadOption = False,
+    inception_weights: InceptionOption = None,
+    vgg16_weights: VGG16Option = None,
+    download: DownloadOption = False,
+    feature_cache: CacheOption = None,
+    no_feature_cache: NoCacheOption = False,
+    device: DeviceOption = "auto",
+    nproc_per_node: NprocOption = 1,
+    nnodes: NnodesOption = 1,
+    node_rank: NodeRankOption = 0,
+    rdzv_endpoint: RdzvEndpointOption = "",
     as_json: JsonOption = False,
 ) -> None:
-    """Measure --samples against --reference and print what comes out."""
+    """Measure --samples (or images drawn from --run, which are not written) against --reference."""
     if context.invoked_subcommand is not None:
         return
+    from xar_cli.errors import UserError
+    from xar_cli.evaluate.stage import FidSettings
+    from xar_cli.launch import LaunchOptions, run
+
+    if (samples is None) == (run_folder is None):
+        raise UserError("One set of samples is needed.", "Give --samples FOLDER, or --run RUN to draw them.")
+    if reference is None:
+        raise UserError("--reference is missing.", "Give real images, or statistics made by `xar fid stats`.")
+    measure = _measure(
+        count=count if samples else None, image_size=image_size, batch_size=batch_size, workers=workers,
+        precision=precision, compile=compile_mode, error_bars=error_bars, extrapolate=extrapolate, skip_bad=skip_bad,
+        inception_weights=tuple(inception_weights or ()), vgg16_weights=vgg16_weights, download=download,
+        feature_cache=_cache_folder(feature_cache, no_feature_cache),
+    )  # fmt: skip
+    launch = LaunchOptions(nproc_per_node, nnodes, node_rank, rdzv_endpoint)
+    names = tuple(protocol or ("adm",))
+    if samples is not None:
+        settings = FidSettings(
+            samples=samples, reference=reference, protocols=names, measure=measure, report=report, device=device
+        )
+        result = run("xar_cli.evaluate.stage:fid", settings, launch)
+    else:
+        from xar_cli.score_run import RunSettings
+
+        of_run = RunSettings(
+            run=run_folder, reference=reference, protocols=names if protocol else (), count=count, seed=seed,
+            tokenizer_weights=tokenizer_weights, measure=measure, report=report, device=device,
+        )  # fmt: skip
+        result = run("xar_cli.score_run:fid_of_run", of_run, launch)
+    if result:
+        typer.echo(json.dumps(result)) if as_json else _print_result(result)
+
+
+@app.command()
+def stats(
+    images: Annotated[Path, typer.Argument(help="Folder of real images, or an ADM batch.")],
+    out: Annotated[Path, typer.Option("--out", "-o", help="The .npz file to write.")],
+    protocol: Annotated[str, typer.Option("--protocol", help="adm, torch-fidelity, clean-fid or digits.")] = "adm",
+    count: CountOption = None,
+    image_size: ImageSizeOption = None,
+    batch_size: BatchOption = 64,
+    workers: WorkersOption = 4,
+    compile_mode: CompileOption = "auto",
+    skip_bad: SkipBadOption = False,
+    inception_weights: InceptionOption = None,
+    download: DownloadOption = False,
+    feature_cache: CacheOption = None,
+    no_feature_cache: NoCacheOption = False,
+    device: DeviceOption = "auto",
+    nproc_per_node: NprocOption = 1,
+    as_json: JsonOption = False,
+) -> None:
+    """Write the statistics of real images (mu, sigma, mu_s, sigma_s), to be used as --reference."""
+    from xar_cli.evaluate.stage import StatisticsSettings
+    from xar_cli.launch import LaunchOptions, run
+
+    measure = _measure(
+        count=count, image_size=image_size, batch_size=batch_size, workers=workers, compile=compile_mode,
+        skip_bad=skip_bad, inception_weights=tuple(inception_weights or ()), download=download,
+        feature_cache=_cache_folder(feature_cache, no_feature_cache),
+    )  # fmt: skip
+    settings = StatisticsSettings(images=images, out=out, protocol=protocol, measure=measure, device=device)
+    result = run("xar_cli.evaluate.stage:statistics", settings, LaunchOptions(nproc_per_node))
+    if result:
+        told = f"{result['statistics']}: {result['count']} images by the network '{result['network']}'"
+        typer.echo(json.dumps(result) if as_json else told)
+
+
+@app.command()
+def doctor(
+    inception_weights: InceptionOption = None, vgg16_weights: VGG16Option = None, as_json: JsonOption = False
+) -> None:
+    """Say which protocols can run here, with which weights, and what is missing. Nothing is fetched."""
+    from xar_cli.evaluate import Settings
+    from xar_cli.evaluate.stage import doctor as examine
+
+    found = examine(Settings(inception_weights=tuple(inception_weights or ()), vgg16_weights=vgg16_weights))
+    if as_json:
+        typer.echo(json.dumps(found))
+        return
+    for name, protocol in found.items():
+        typer.echo(f"{name}: {'can run' if protocol['runs'] else 'cannot run'}. {protocol['what']}.")
+        for network, weights in protocol["weights"].items():
+            typer.echo(f"  {network}: {weights}")
+        for missing in protocol["missing"]:
+            typer.echo(f"  {missing}")
+
+
+@app.command()
+def sweep(
+    run_folder: Annotated[Path, typer.Option("--run", help="Run folder that `xar train --out` wrote.")],
+    reference: Annotated[Path, typer.Option("--reference", help="Real images, or statistics of them.")],
+    guidance_scale: Annotated[
+        str | None, typer.Option("--guidance-scale", metavar="A:B:STEP", help="Range or list: 1.5:3:0.25, or 1,2.")
+    ] = None,
+    num_steps: Annotated[
+        str | None, typer.Option("--num-steps", metavar="LIST", help="Network evaluations per entity: 20,40.")
+    ] = None,
+    protocol: Annotated[str | None, typer.Option("--protocol", help="One protocol. Default: the recipe's.")] = None,
+    count: Annotated[int, typer.Option("--count", min=2, help="Images per point.")] = 10_000,
+    out: Annotated[Path | None, typer.Option("--out", help="Folder for the results. Default: RUN/sweep.")] = None,
+    seed: Annotated[int, typer.Option(min=0, help="Seed of noise and labels.")] = 0,
+    tokenizer_weights: TokenizerWeightsOption = None,
+    batch_size: BatchOption = 64,
+    inception_weights: InceptionOption = None,
+    download: DownloadOption = False,
+    feature_cache: CacheOption = None,
+    no_feature_cache: NoCacheOption = False,
+    device: DeviceOption = "auto",
+    nproc_per_node: NprocOption = 1,
+    nnodes: NnodesOption = 1,
+    node_rank: NodeRankOption = 0,
+    rdzv_endpoint: RdzvEndpointOption = "",
+    as_json: JsonOption = False,
+) -> None:
+    """Draw and score every combination of settings; points that are done already are kept."""
+    from xar_cli.evaluate.sweep import parse_numbers
+    from xar_cli.launch import LaunchOptions, run
+    from xar_cli.score_run import SweepSettings
+
+    measure = _measure(
+        batch_size=batch_size, inception_weights=tuple(inception_weights or ()), download=download,
+        feature_cache=_cache_folder(feature_cache, no_feature_cache),
+    )  # fmt: skip
+    settings = SweepSettings(
+        run=run_folder, reference=reference, protocols=(protocol,) if protocol else (), count=count, seed=seed,
+        tokenizer_weights=tokenizer_weights, measure=measure, device=device, out=out,
+        guidance_scales=parse_numbers(guidance_scale, "--guidance-scale"),
+        step_counts=tuple(int(value) for value in parse_numbers(num_steps, "--num-steps", whole=True)),
+    )  # fmt: skip
+    result = run(
+        "xar_cli.score_run:sweep_of_run", settings, LaunchOptions(nproc_per_node, nnodes, node_rank, rdzv_endpoint)
+    )
+    if result:
+        typer.echo(json.dumps(result) if as_json else result["text"])
+
+
+def _measure(**values: Any) -> Settings:
+    """`Settings` from options; a wrong value becomes a UserError."""
+    from pydantic import ValidationError
+
+    from xar_cli.errors import UserError
+    from xar_cli.evaluate import Settings
+
+    try:
+        return Settings(**values)
+    except ValidationError as error:
+        first = error.errors()[0]
+        name = str(first["loc"][0]).replace("_", "-")
+        raise UserError(f"--{name}: {first['msg']}, not '{first['input']}'.", "See `xar fid --help`.") from None
+
+
+def _cache_folder(given: Path | None, none: bool) -> Path | None:
+    """Where features are kept: as given, else below the user's cache folder."""
+    import os
+
+    if none:
+        return None
+    return given or Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "xar" / "features"
+
+
+def _print_result(result: Mapping[str, Any]) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    from xar_cli.errors import UserError
-    from xar_cli.evaluate import evaluate
+    from xar_cli.evaluate.report import show_number
 
-    if samples is None or reference is None:
-        raise UserError("Two sets of images are needed.", "Give --samples FOLDER and --reference FOLDER.")
-    result = evaluate(samples, reference, protocol)
-    if as_json:
-        typer.echo(json.dumps(result.as_dict()))
-        return
-    table = Table("metric", "value", "protocol", "images", "reference", box=None)
-    where = (result.protocol, str(result.count), f"{result.reference} ({result.reference_count})")
-    table.add_row("Frechet distance", f"{result.frechet_distance:.3f}", *where)
-    if result.class_accuracy is not None:
-        table.add_row("class accuracy", f"{result.class_accuracy:.4f}", *where)
+    samples, reference = result["samples"], result["reference"]
+    typer.echo(f"samples:   {samples['name']} ({samples['count']} images)")
+    counted = f"{reference['count']} images" if reference["count"] else "statistics"
+    typer.echo(f"reference: {reference['name']} ({counted})")
+    for side in (samples, reference):
+        if side["skipped"]:
+            typer.echo(f"left out of {side['name']}: {len(side['skipped'])} that could not be read")
+    table = Table("protocol", "metric", "value", "what else", box=None)
+    for name, protocol in result["protocols"].items():
+        for metric in protocol["metrics"].values():
+            table.add_row(name, metric["name"], show_number(metric["value"], metric["error"]), metric["note"])
     Console().print(table)
+    for kind, path in result.get("report", {}).items():
+        typer.echo(f"{kind}: {path}")

@@ -333,7 +333,12 @@ class _Judge:
     def _frechet(self, key: str, name: str, layer: str, error_bars: str) -> None:
         reference, note = self._reference_gaussian(layer)
         features = self.table.layers[layer]
-        self._add(key, counted(name, self.count), metrics.frechet_with_error(features, reference, error_bars, self.labels), note)
+        self._add(
+            key,
+            counted(name, self.count),
+            metrics.frechet_with_error(features, reference, error_bars, self.labels),
+            note,
+        )
         if self.settings.extrapolate:
             estimate = metrics.frechet_at_infinity(features, reference, self.labels)
             note = "a line in 1/N, extrapolated to N = infinity"

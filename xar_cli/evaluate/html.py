@@ -32,8 +32,9 @@ p, li, figcaption { color: var(--soft); }
 .scroll { overflow-x: auto; }
 table { border-collapse: collapse; width: 100%; font-size: .95rem; }
 th, td { text-align: left; padding: .35rem .6rem; border-bottom: 1px solid var(--line); vertical-align: top; }
-td { overflow-wrap: anywhere; } th { color: var(--soft); font-weight: 600; }
-td.number { font-variant-numeric: tabular-nums; white-space: nowrap; overflow-wrap: normal; }
+th { color: var(--soft); font-weight: 600; } td:nth-child(2):last-child { overflow-wrap: anywhere; }
+td.number { font-variant-numeric: tabular-nums; white-space: nowrap; }
+small { display: block; color: var(--soft); }
 figure { margin: 0 0 1rem; } img { max-width: 100%; height: auto; display: block; image-rendering: pixelated; }
 .panel { background: var(--panel); border: 1px solid var(--line); border-radius: .5rem; padding: .1rem 1rem; }
 """
@@ -52,10 +53,11 @@ def page(content: Mapping[str, Any], samples: Sequence[Strip], neighbours: Seque
     body = [f"<h1>{heading}</h1>", _table(report.what_was_measured(content))]
     for name, result in content["protocols"].items():
         body += [f"<h2>{escape(name)}</h2>", f"<p>{escape(result['description'])}.</p>"]
-        header = ("metric", "value", "published", "what else")
-        body.append(_table(report.metric_rows(result, content["published"]), header, number_columns=(1, 2)))
+        body.append(_metric_table(report.metric_rows(result, content["published"])))
         if result["per_class"]:
-            rows = [(label, str(found["count"]), f"{found['accuracy']:.3f}") for label, found in result["per_class"].items()]
+            rows = [
+                (label, str(found["count"]), f"{found['accuracy']:.3f}") for label, found in result["per_class"].items()
+            ]
             body += ["<h3>By class</h3>", _table(rows, ("class", "images", "accuracy"), number_columns=(1, 2))]
     differences = "".join(f"<li>{escape(text)}</li>" for text in content["differences"])
     body += ["<h2>What differs from published numbers</h2>", f'<div class="panel"><ul>{differences}</ul></div>']
@@ -119,6 +121,19 @@ def _figure(strip: Strip) -> str:
         f'<figure><img src="{png_data_uri(picture)}" width="{width}" height="{height}" alt="{caption}">'
         f"<figcaption>{caption}</figcaption></figure>"
     )
+
+
+def _metric_table(rows: Iterable[Sequence[str]]) -> str:
+    """Metrics with their notes below their names, so that the table fits a phone."""
+    rows = list(rows)
+    published = any(theirs for _, _, theirs, _ in rows)
+    head = "<th>metric</th><th>value</th>" + ("<th>published</th>" if published else "")
+    lines = [f"<tr>{head}</tr>"]
+    for name, value, theirs, note in rows:
+        last = f'<td class="number">{escape(theirs)}</td>' if published else ""
+        named = f"<td>{escape(name)}<small>{escape(note)}</small></td>"
+        lines.append(f'<tr>{named}<td class="number">{escape(value)}</td>{last}</tr>')
+    return f'<div class="scroll"><table>{"".join(lines)}</table></div>'
 
 
 def _table(rows: Iterable[Sequence[str]], header: Sequence[str] = (), number_columns: Sequence[int] = ()) -> str:

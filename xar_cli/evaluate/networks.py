@@ -95,11 +95,10 @@ class TorchFidelityInception(FeatureNetwork):
         net = inception.InceptionV3()
         net.load_state_dict(_load_state_dict(weights.path, net.state_dict()))
         net.eval().requires_grad_(False).fold_batch_norms()
-        net = net.to(device, self.dtype, memory_format=torch.channels_last)
-        self.net: Any = net
+        self.net: Any = net.to(device, self.dtype).to(memory_format=torch.channels_last)
         if compiled:
             options: dict[str, Any] = {} if device.type == "cuda" else {"freezing": True}
-            self.net = torch.compile(net, options=options)
+            self.net = torch.compile(self.net, options=options)
 
     def forward(self, images: Tensor) -> Sequence[Tensor]:
         """Pool features, logits without bias, spatial features."""

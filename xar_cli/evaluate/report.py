@@ -26,7 +26,17 @@ from xar_cli.run_dir import write_atomic, write_json
 REPORT_FORMAT, REPORT_VERSION = "xar-report", 1
 MAX_CLASSES_SHOWN, IMAGES_PER_CLASS, IMAGES_WITHOUT_CLASSES = 12, 8, 64
 SAMPLES_WITH_NEIGHBOURS, NEIGHBOURS = 8, 4
-MANIFEST_KEYS = ("recipe", "weights", "weights_sha256", "ema", "seed", "solver", "num_steps", "guidance_scale", "image_size")
+MANIFEST_KEYS = (
+    "recipe",
+    "weights",
+    "weights_sha256",
+    "ema",
+    "seed",
+    "solver",
+    "num_steps",
+    "guidance_scale",
+    "image_size",
+)
 PUBLISHED_KEYS = {  # key of a metric -> field of the recipe's published results
     "fid": "fid", "is": "inception_score", "precision": "precision", "recall": "recall",
 }  # fmt: skip
@@ -191,7 +201,8 @@ def markdown(content: Mapping[str, Any]) -> str:
         if result["per_class"]:
             lines += ["| class | images | accuracy |", "|---|---|---|"]
             lines += [
-                f"| {label} | {found['count']} | {found['accuracy']:.3f} |" for label, found in result["per_class"].items()
+                f"| {label} | {found['count']} | {found['accuracy']:.3f} |"
+                for label, found in result["per_class"].items()
             ]
             lines.append("")
     lines += ["## What differs from published numbers", "", *(f"- {text}" for text in content["differences"]), ""]
@@ -235,7 +246,10 @@ def fact_tables(content: Mapping[str, Any]) -> list[tuple[str, list[tuple[str, s
     if content["cost"]:
         tables.append(("Cost of one image, in network evaluations", _pairs(content["cost"])))
     networks = [
-        (name, f"{result['network']}, {result['resize']}, {result['precision']}, weights {result['weights_sha256'][:16]}")
+        (
+            name,
+            f"{result['network']}, {result['resize']}, {result['precision']}, weights {result['weights_sha256'][:16]}",
+        )
         for name, result in content["protocols"].items()
     ]
     tables.append(("Networks", networks))

@@ -1,0 +1,155 @@
+"""Every kind of input, and what is refused."""
+
+from __future__ import annotations
+
+import json
+
+import h5py
+import numpy as np
+import pytest
+from PIL import Image
+
+from tests.unit.evaluate.conftest import make_images, write_folder
+from xar_cli.data.images import BadImageError
+from xar_cli.errors import UserError
+from xar_cli.evaluate.images import ArrayImages, GeneratedImages, decode_opaque, open_images, read_npz
+
+IMAGES = make_images(5, size=16)
+
+
+def test_folder_npz_and_hdf5_give_the_same_images(tmp_path) -> None:
+    folder = write_folder(tmp_path / "folder", IMAGES)
+    np.savez(tmp_path / "batch.npz", IMAGES)
+    with h5py.File(tmp_path / "batch.h5", "w") as file:
+        file["images"], file["labels"] = IMAGES, np.arange(5)
+    sources = [open_images(tmp_path / name) for name in ("folder", "batch.npz", "batch.h5")]
+    for source in sources:
+        assert len(source) == 5
+        np.testing.assert_array_equal(np.stack([source.load(index) for index in range(5)]), IMAGES)
+    assert sources[1].content_hash() == sources[2].content_hash()
+    assert sources[2].labels is not None
+    assert sources[2].labels.tolist() == [0, 1, 2, 3, 4]
+    assert open_images(folder).content_hash() == sources[0].content_hash()
+
+
+def test_content_hash_sees_every_byte_and_name(tmp_path) -> None:
+    folder = write_folder(tmp_path / "a", IMAGES)
+    before = open_images(folder)
+    first, print_before = before.content_hash(), before.fingerprint()
+    assert open_images(write_folder(tmp_path / "b", IMAGES)).content_hash() == first  # wherever they lie
+    (folder / "000004.png").rename(folder / "000009.png")
+    assert open_images(folder).content_hash() != first
+    assert open_images(folder).fingerprint() != print_before
+    assert open_images(folder, image_size=8).content_hash() != open_images(folder).content_hash()
+
+
+def test_files_are_in_the_order_of_the_libraries(tmp_path) -> None:
+    """Both sort whole paths as text: '-' comes before '/', which sorting by path components would not give."""
+    from torch_fidelity.utils import glob_samples_paths
+
+    for name in ("a/1.png", "a-b/1.png", "a/0.JPG", "B/2.jpeg"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        Image.fromarray(IMAGES[0]).save(tmp_path / name)
+    ours = [str(path) for path in open_images(tmp_path).files]
+    assert ours == glob_samples_paths(str(tmp_path), True, "png,jpg,jpeg", verbose=False)
+    assert [path.removeprefix(f"{tmp_path}/") for path in ours] == ["B/2.jpeg", "a-b/1.png", "a/0.JPG", "a/1.png"]
+
+
+def test_labels_come_from_subfolders(tmp_path) -> None:
+    for index, name in enumerate(("cat", "ant", "cat")):
+        write_folder(tmp_path / name / f"part{index}", IMAGES[index : index + 1])
+    opened = open_images(tmp_path)
+    assert opened.class_names == ["ant", "cat"]
+    assert opened.labels.tolist() == [0, 1, 1]
+    assert opened.class_name(1) == "cat"
+
+
+def test_labels_of_a_manifest_go_with_the_number_in_the_name(tmp_path) -> None:
+    folder = write_folder(tmp_path / "samples", IMAGES)
+    (folder / "000001.png").unlink()  # a stopped run: labels must not move up
+    Image.fromarray(IMAGES[0]).save(folder / "grid.png")  # no sample
+    manifest = {"format": "xar-samples", "labels": [5, 6, 7, 8, 9], "class_names": []}
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+    opened = open_images(folder)
+    assert opened.labels.tolist() == [5, 7, 8, 9]
+    assert opened.class_name(7) == "7"
+    manifest["labels"] = [1, 2]
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(UserError, match="knows only 2"):
+        open_images(folder)
+
+
+def test_grey_is_repeated_and_opaque_alpha_dropped(tmp_path) -> None:
+    grey = IMAGES[0, :, :, 0]
+    Image.fromarray(grey).save(tmp_path / "grey.png")
+    alpha = np.concatenate([IMAGES[0], np.full((16, 16, 1), 255, np.uint8)], axis=2)
+    Image.fromarray(alpha).save(tmp_path / "opaque.png")
+    np.testing.assert_array_equal(decode_opaque(tmp_path / "grey.png"), np.repeat(grey[..., None], 3, axis=2))
+    np.testing.assert_array_equal(decode_opaque(tmp_path / "opaque.png"), IMAGES[0])
+    np.testing.assert_array_equal(ArrayImages(grey[None], "x").load(0), decode_opaque(tmp_path / "grey.png"))
+
+
+def test_transparent_deep_and_damaged_files_are_refused_by_name(tmp_path) -> None:
+    alpha = np.concatenate([IMAGES[0], np.full((16, 16, 1), 128, np.uint8)], axis=2)
+    Image.fromarray(alpha).save(tmp_path / "glass.png")
+    Image.fromarray(np.full((16, 16), 40_000, np.uint16)).save(tmp_path / "deep.png")
+    whole = write_folder(tmp_path / "whole", IMAGES[:1]) / "000000.png"
+    (tmp_path / "cut.png").write_bytes(whole.read_bytes()[:200])
+    (tmp_path / "text.png").write_text("not an image")
+    for name, why in (("glass", "transparent"), ("deep", "8 bits"), ("cut", ""), ("text", "not an image")):
+        with pytest.raises(BadImageError, match=f"{name}.png.*{why}"):
+            decode_opaque(tmp_path / f"{name}.png")
+
+
+def test_crop_takes_photographs_of_any_shape(tmp_path) -> None:
+    Image.fromarray(make_images(1, size=64)[0][:40]).save(tmp_path / "wide.png")
+    assert open_images(tmp_path, image_size=16).load(0).shape == (16, 16, 3)
+    assert open_images(tmp_path).load(0).shape == (40, 64, 3)
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda path: path / "absent", "nothing at"),
+        (lambda path: path, "holds no PNG or JPEG"),
+        (lambda path: _text(path / "notes.txt"), "neither a folder"),
+        (lambda path: _text(path / "broken.npz"), "cannot be read as an .npz"),
+        (lambda path: _text(path / "broken.h5"), "cannot be read as an HDF5"),
+        (lambda path: _npz(path, mu=np.zeros(3)), "holds no images"),
+        (lambda path: _npz(path, arr_0=np.zeros((2, 8, 8, 3))), "type float64"),
+        (lambda path: _npz(path, arr_0=np.zeros((2, 3, 8, 8), np.uint8)), "shape"),
+        (lambda path: _npz(path, arr_0=np.zeros((2, 8, 8, 3), np.uint8), arr_1=np.zeros(3, int)), "3 labels"),
+    ],
+)
+def test_what_is_no_image_set_is_refused(tmp_path, make, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        open_images(make(tmp_path))
+
+
+def test_npz_with_python_objects_is_refused(tmp_path) -> None:
+    np.savez(tmp_path / "objects.npz", arr_0=np.array([{"a": 1}], dtype=object))
+    with pytest.raises(UserError, match="cannot be read"):
+        read_npz(tmp_path / "objects.npz")
+
+
+def test_generated_images_are_drawn_in_one_batch() -> None:
+    asked: list[list[int]] = []
+
+    def draw(indices):
+        asked.append(list(indices))
+        return IMAGES[list(indices)]
+
+    images = GeneratedImages("model", np.array([0, 1, 0, 1, 0]), draw, "seed 0")
+    assert len(images.load_many([1, 3])) == 2
+    assert asked == [[1, 3]]
+    assert images.content_hash() != GeneratedImages("model", images.labels, draw, "seed 1").content_hash()
+
+
+def _text(path):
+    path.write_text("hello")
+    return path
+
+
+def _npz(folder, **arrays):
+    np.savez(folder / "file.npz", **arrays)
+    return folder / "file.npz"

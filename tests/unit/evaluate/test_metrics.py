@@ -1,0 +1,163 @@
+"""IS, KID, precision and recall against the libraries' own functions; error bars and FID-infinity against known truth."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from tests.unit.evaluate.test_frechet import features, gaussian
+from xar_cli.evaluate import metrics
+from xar_cli.evaluate.frechet import Gaussian, frechet_distance
+
+
+def float32(count: int, dimensions: int, seed: int = 0, shift: float = 0.0) -> np.ndarray:
+    return features(count, dimensions, seed, shift).astype(np.float32)
+
+
+def test_inception_score_equals_torch_fidelity() -> None:
+    from torch_fidelity.metric_isc import isc_features_to_metric
+
+    logits = 3 * float32(237, 20)
+    theirs = isc_features_to_metric(torch.from_numpy(logits), splits=10, shuffle=True, rng_seed=2020)
+    ours = metrics.inception_score(logits, metrics.torch_fidelity_splits(237))
+    assert ours.value == pytest.approx(theirs["inception_score_mean"], rel=1e-10)
+    assert ours.error == pytest.approx(theirs["inception_score_std"], rel=1e-10)
+
+
+def test_inception_score_limits() -> None:
+    sure = 200 * np.eye(10, dtype=np.float32)[np.arange(1000) % 10]
+    assert metrics.inception_score(sure, [np.arange(1000)]).value == pytest.approx(10)
+    assert metrics.inception_score(np.zeros((50, 10), np.float32), [np.arange(50)]).value == pytest.approx(1)
+
+
+def test_adm_splits_and_what_class_order_does_to_them() -> None:
+    splits = metrics.adm_splits(np.arange(12_000))
+    assert [len(rows) for rows in splits] == [5000, 5000, 2000]
+    # 10,000 images of 10 classes, sorted: each split of 5,000 sees half of the classes, and the score halves.
+    labels = np.arange(10_000) // 1000
+    logits = 50 * np.eye(10, dtype=np.float32)[labels]
+    ruined = metrics.inception_score(logits, metrics.adm_splits(np.arange(10_000))).value
+    shuffled = metrics.inception_score(logits, metrics.adm_splits(np.random.default_rng(0).permutation(10_000))).value
+    assert ruined == pytest.approx(5, rel=1e-3)
+    assert shuffled == pytest.approx(10, rel=1e-3)
+
+
+def test_class_order_is_noticed() -> None:
+    rng = np.random.default_rng(0)
+    labels = np.arange(1000) // 100
+    assert metrics.is_sorted_by_class(labels)
+    assert not metrics.is_sorted_by_class(rng.permutation(labels))
+    assert not metrics.is_sorted_by_class(np.arange(1000) % 10)
+    assert not metrics.is_sorted_by_class(np.zeros(10, int))  # one class has no order
+    assert not metrics.is_sorted_by_class(None)
+
+
+def test_kid_equals_clean_fid_with_the_same_stream() -> None:
+    from cleanfid.fid import kernel_distance
+
+    samples, reference = float32(80, 24), float32(120, 24, 1, shift=0.3)
+    np.random.seed(5)
+    theirs = kernel_distance(samples, reference)
+    ours, size = metrics.kid_clean_fid(samples, reference, seed=5)
+    assert ours.value == pytest.approx(theirs, rel=1e-4)
+    assert size == 80
+
+
+def test_kid_of_torch_fidelity_shrinks_its_subsets_to_what_is_there() -> None:
+    from torch_fidelity.metric_kid import kid_features_to_metric
+
+    samples, reference = float32(80, 24), float32(120, 24, 1, shift=0.3)
+    ours, size = metrics.kid_torch_fidelity(samples, reference)
+    theirs = kid_features_to_metric(
+        torch.from_numpy(samples), torch.from_numpy(reference), kid_subset_size=80, verbose=False
+    )
+    assert size == 80
+    assert ours.value == pytest.approx(theirs["kernel_inception_distance_mean"], rel=1e-6)
+
+
+def test_precision_and_recall_equal_torch_fidelity() -> None:
+    from torch_fidelity.metric_prc import prc_features_to_metric
+
+    samples, reference = float32(150, 12), float32(230, 12, 1, shift=0.5)
+    ours = metrics.precision_recall(samples, reference)
+    theirs = prc_features_to_metric(torch.from_numpy(samples), torch.from_numpy(reference), verbose=False)
+    assert ours.precision == pytest.approx(theirs["precision"], abs=1e-6)
+    assert ours.recall == pytest.approx(theirs["recall"], abs=1e-6)
+    assert ours.precision != pytest.approx(ours.recall, abs=0.02)
+
+
+def test_precision_and_recall_are_the_right_way_round() -> None:
+    """Samples on one of two real clusters: all of them are good, and half of what is real is missing."""
+    rng = np.random.default_rng(0)
+    real = np.concatenate([rng.normal(0, 1, (60, 2)), rng.normal(100, 1, (60, 2))]).astype(np.float32)
+    samples = rng.normal(0, 0.3, (60, 2)).astype(np.float32)
+    found = metrics.precision_recall(samples, real)
+    assert found.precision == 1.0
+    assert found.recall < 0.5
+    reverse = metrics.precision_recall(real, samples)
+    assert (reverse.precision, reverse.recall) == (found.recall, found.precision)
+
+
+def test_precision_recall_by_hand() -> None:
+    """On a line with k = 1: real at 0, 1, 10 (radii 1, 1, 9); samples at 0.5, 30, 40 (radii 29.5, 10, 10)."""
+    real, samples = np.array([[0.0], [1.0], [10.0]]), np.array([[0.5], [30.0], [40.0]])
+    found = metrics.precision_recall(samples, real, neighbours=1)
+    assert found.precision == pytest.approx(1 / 3)  # only 0.5 lies in a real ball; 30 is 20 away from 10
+    assert found.recall == 1.0  # all real ones lie within 29.5 of 0.5
+
+
+def test_precision_recall_needs_neighbours() -> None:
+    with pytest.raises(ValueError, match="3 neighbours"):
+        metrics.precision_recall(np.zeros((3, 2)), np.zeros((9, 2)))
+
+
+@pytest.mark.parametrize("how", ["subsets", "bootstrap"])
+def test_error_bars_are_of_the_size_of_the_real_spread(how: str) -> None:
+    reference = Gaussian(np.zeros(4), np.eye(4))
+    draws = [np.random.default_rng(seed).normal(0.3, 1.1, (400, 4)) for seed in range(60)]
+    spread = np.std([frechet_distance(gaussian(rows), reference) for rows in draws])
+    stated = np.median([metrics.frechet_with_error(rows, reference, how).error for rows in draws[:15]])
+    assert 0.5 < stated / spread < 2
+
+
+def test_the_value_does_not_depend_on_the_error_bars() -> None:
+    rows, reference = float32(101, 6), gaussian(features(300, 6, 1))
+    values = {how: metrics.frechet_with_error(rows, reference, how) for how in ("none", "subsets", "bootstrap")}
+    assert values["none"].error is None
+    for how in ("subsets", "bootstrap"):
+        assert values[how].value == pytest.approx(values["none"].value, rel=1e-9)
+
+
+def test_subsets_keep_the_classes_in_proportion() -> None:
+    """Labels that repeat with the period of the groups must not put one class in each group."""
+    labels = np.arange(400) % 10
+    rows = np.eye(10)[labels] * 10 + np.random.default_rng(0).normal(0, 0.1, (400, 10))
+    reference = gaussian(rows[:200])
+    balanced = metrics.frechet_with_error(rows, reference, "subsets", labels)
+    assert balanced.error is not None
+    assert balanced.error < 0.05  # a group of one class alone would move the distance by far more
+
+
+def test_extrapolation_takes_the_bias_away() -> None:
+    """Samples of the reference's own Gaussian: 0 at infinity, clearly above at any finite count."""
+    dimensions = 12
+    reference = Gaussian(np.zeros(dimensions), np.eye(dimensions))
+    found = [
+        (metrics.frechet_distance(gaussian(rows), reference), metrics.frechet_at_infinity(rows, reference))
+        for rows in (np.random.default_rng(seed).normal(size=(600, dimensions)) for seed in range(8))
+    ]
+    biased = np.mean([finite for finite, _ in found])
+    at_infinity = np.mean([estimate.value for _, estimate in found if estimate])
+    assert biased > 0.05
+    assert abs(at_infinity) < 0.3 * biased
+    assert all(estimate is not None and estimate.error > 0 for _, estimate in found)
+
+
+def test_extrapolation_needs_more_samples_than_dimensions() -> None:
+    assert metrics.frechet_at_infinity(float32(47, 12), gaussian(features(100, 12))) is None
+
+
+def test_nearest_by_hand() -> None:
+    real = np.array([[0.0, 0], [5, 0], [0, 9]])
+    assert metrics.nearest(np.array([[4.0, 0], [0, 8]]), real, 2).tolist() == [[1, 0], [2, 0]]

@@ -1,0 +1,176 @@
+"""`xar fid --run` and `xar fid sweep`: images of a run go straight from the sampler into the feature network.
+
+One of the two places where stages meet inside a process (the other is the quickstart): it hands the sample stage's images to
+the evaluate stage, and owns no step of either.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from xar_cli.config.recipes import override
+from xar_cli.config.schema import Section
+from xar_cli.distributed import Ranks, process_group
+from xar_cli.errors import UserError
+from xar_cli.evaluate import Settings, evaluate
+from xar_cli.evaluate.images import GeneratedImages
+from xar_cli.evaluate.protocols import pick_protocols
+from xar_cli.evaluate.reference import open_reference
+from xar_cli.evaluate.report import write_report
+from xar_cli.evaluate.stage import REPORT_BYTES
+from xar_cli.evaluate.sweep import Point, Score, run_sweep
+from xar_cli.precision import set_matmul_precision
+from xar_cli.run_dir import RunDir, require_writable
+from xar_cli.sample.request import build_settings
+from xar_cli.sample.stage import SampleSettings, draw_images, make_manifest
+from xar_cli.tokenizer import Codec, load_tokenizer
+from xar_cli.weights import load_weights
+
+
+class RunSettings(Section):
+    """What `xar fid --run` was asked for.
+
+    Attributes:
+        run: the run folder.
+        reference: path of real images or statistics.
+        protocols: names; empty for the recipe's.
+        count: images to draw; None for the recipe's.
+        seed: of noise and labels.
+        tokenizer_weights: file of KL-16's weights.
+        measure: how to measure.
+        report: folder for the report, or None.
+        device: auto, cpu, cuda or cuda:N.
+    """
+
+    run: Path
+    reference: Path
+    protocols: tuple[str, ...] = ()
+    count: int | None = None
+    seed: int = 0
+    tokenizer_weights: Path | None = None
+    measure: Settings
+    report: Path | None = None
+    device: str = "auto"
+
+
+class SweepSettings(RunSettings):
+    """What `xar fid sweep` was asked for; empty numbers take the recipe's.
+
+    Attributes:
+        guidance_scales, step_counts: the points are all their combinations.
+        out: folder for the results; None for RUN/sweep.
+    """
+
+    guidance_scales: tuple[float, ...] = ()
+    step_counts: tuple[int, ...] = ()
+    out: Path | None = None
+
+
+def fid_of_run(settings: RunSettings) -> dict[str, Any]:
+    """Draw images of a run, judge them, write the report where one is asked for; returns what `--json` prints."""
+    open_reference(settings.reference, settings.measure.image_size)
+    if settings.report is not None:
+        require_writable(settings.report, REPORT_BYTES, "the report")
+    with process_group(settings.device) as ranks:
+        source = _Source(settings, ranks)
+        images = source.images(source.sampling)
+        measure = settings.measure.model_copy(update={"batch_size": source.sampling.config.sample.batch_size})
+        found = evaluate(images, settings.reference, source.protocols, settings=measure, ranks=ranks)
+        if not ranks.is_main:
+            return {}
+        result = found.as_dict()
+        if settings.report is not None:
+            paths = write_report(settings.report, found, images, settings.reference, measure)
+            result["report"] = {name: str(path) for name, path in paths.items()}
+        return result
+
+
+def sweep_of_run(settings: SweepSettings) -> dict[str, Any]:
+    """Score every combination of guidance and steps; returns what `--json` prints."""
+    reference = open_reference(settings.reference, settings.measure.image_size)
+    out = settings.out or RunDir(settings.run).root / "sweep"
+    require_writable(out, 1 << 20, "the sweep")
+    with process_group(settings.device) as ranks:
+        source = _Source(settings, ranks)
+        config = source.sampling.config
+        measure = settings.measure.model_copy(update={"batch_size": config.sample.batch_size})
+        protocol = source.protocols[0]
+
+        def score(point: Point) -> Score | None:
+            values = [f"sample.guidance_scale={point.guidance_scale}", f"sample.num_steps={point.num_steps}"]
+            changed = source.sampling.model_copy(update={"config": override(config, values)})
+            images = source.images(changed)
+            found = evaluate(images, settings.reference, protocol, settings=measure, ranks=ranks)
+            if not ranks.is_main:
+                return None
+            metrics = found.first.metrics
+            first = next(iter(metrics.values()))
+            assert first.value is not None
+            speed = ranks.world_size * source.drawn / max(source.seconds, 1e-9)
+            return Score(
+                point, first.name, first.value, first.error, speed, {key: one.value for key, one in metrics.items()}
+            )
+
+        identity = {
+            "weights_sha256": source.weights_sha256, "reference": reference.name, "protocol": protocol,
+            "count": source.sampling.count, "seed": settings.seed, "solver": config.sample.solver,
+        }  # fmt: skip
+        return run_sweep(
+            out, identity, settings.guidance_scales or (config.sample.guidance_scale,),
+            settings.step_counts or (config.sample.num_steps,), score, ranks.is_main,
+        )  # fmt: skip
+
+
+class _Source:
+    """The model of a run, ready to draw.
+
+    Attributes:
+        sampling: what `xar sample` would be asked for.
+        protocols: names, as asked or the recipe's.
+        drawn, seconds: images drawn by this rank since `images` was last called, and the time that took.
+    """
+
+    def __init__(self, settings: RunSettings, ranks: Ranks) -> None:
+        self.ranks, self.drawn, self.seconds = ranks, 0, 0.0
+        run = RunDir(settings.run).require()
+        nothing = build_settings(
+            run.root, None, (), ema=True, classes=None, count=settings.count or 1, seed=settings.seed, out=Path("."),
+            tokenizer_weights=settings.tokenizer_weights, device=settings.device,
+        )  # fmt: skip
+        config = nothing.config
+        self.sampling = nothing.model_copy(update={"count": settings.count or config.evaluate.count})
+        self.protocols = [one.name for one in pick_protocols(settings.protocols or config.evaluate.protocol)]
+        if self.sampling.count < 2:
+            raise UserError("One image is no distribution.", "Give a larger --count.")
+        set_matmul_precision(config.train.precision)
+        self.model, weights = load_weights(run.root, config, ema=True, device=ranks.device)
+        tokenizer = load_tokenizer(config, settings.tokenizer_weights, ranks.device)
+        self.codec, self.weights_sha256 = Codec(tokenizer, config.tokenizer.latent_scale), weights.sha256
+
+    def images(self, sampling: SampleSettings) -> GeneratedImages:
+        """The images that `xar sample` would write with these settings, drawn when they are asked for."""
+        self.drawn, self.seconds = 0, 0.0
+        manifest = make_manifest(sampling, self.weights_sha256)
+        labels = manifest["labels"]
+
+        def draw(indices: Sequence[int]) -> np.ndarray:
+            began = time.monotonic()
+            chosen = list(indices)
+            drawn = draw_images(
+                sampling.config, self.model, self.codec, sampling.seed, chosen, [labels[index] for index in chosen],
+                self.ranks.device,
+            )  # fmt: skip
+            pixels = drawn.permute(0, 2, 3, 1).expand(-1, -1, -1, 3).cpu().numpy()
+            self.drawn, self.seconds = self.drawn + len(chosen), self.seconds + time.monotonic() - began
+            return pixels
+
+        identity = {key: value for key, value in manifest.items() if key not in ("labels", "weights", "class_names")}
+        return GeneratedImages(
+            f"{sampling.count} images drawn from '{sampling.weights}'", np.array(labels), draw, str(identity),
+            sampling.class_names or None, manifest,
+        )  # fmt: skip
