@@ -6,7 +6,7 @@ Nothing here or at the top of a command file may import torch: `xar --help` must
 from __future__ import annotations
 
 import sys
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -47,7 +47,7 @@ def _root(
 
 
 # Typer carries its own copy of click since 0.2x; these are whichever classes it raises.
-_ClickException = next(base for base in typer.BadParameter.__mro__ if base.__name__ == "ClickException")
+_ClickException: Any = next(base for base in typer.BadParameter.__mro__ if base.__name__ == "ClickException")
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -61,7 +61,7 @@ def main(arguments: list[str] | None = None) -> None:
         _fail("Stopped by Ctrl-C.", "The same command goes on from what is on disk.")
         sys.exit(130)
     except _ClickException as error:
-        error.show()  # type: ignore[attr-defined]
+        error.show()
         sys.exit(2)
     sys.exit(code if isinstance(code, int) else 0)
 
