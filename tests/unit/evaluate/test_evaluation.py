@@ -1,0 +1,221 @@
+"""The whole evaluation with a cheap network: what is computed once, what is refused, what the numbers are called."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from tests.unit.evaluate.conftest import make_images, write_folder
+from xar_cli.errors import UserError
+from xar_cli.evaluate import Settings, evaluate, make_statistics
+from xar_cli.evaluate.images import ArrayImages, GeneratedImages
+from xar_cli.evaluate.protocols import counted, pick_protocols
+
+QUICK = Settings(error_bars="none", batch_size=4)
+
+
+@pytest.fixture
+def folders(tmp_path, fake_networks):
+    return (
+        write_folder(tmp_path / "samples", make_images(22)),
+        write_folder(tmp_path / "reference", make_images(30, seed=1, brightness=0.8)),
+    )
+
+
+def test_features_are_extracted_once_per_network(folders, fake_networks) -> None:
+    found = evaluate(*folders, "adm,torch-fidelity", settings=QUICK)
+    assert list(found.results) == ["adm", "torch-fidelity"]
+    assert list(fake_networks) == ["inception"]
+    # 22 and 30 images in batches of 4, the last one filled up.
+    assert fake_networks["inception"].images_seen == 24 + 32
+    assert found.results["adm"].metrics["fid"].value == found.results["torch-fidelity"].metrics["fid"].value
+
+
+def test_what_each_protocol_reports(folders) -> None:
+    found = evaluate(*folders, ["adm", "torch-fidelity", "clean-fid"], settings=QUICK)
+    keys = {name: list(result.metrics) for name, result in found.results.items()}
+    assert keys == {
+        "adm": ["fid", "sfid", "is", "precision", "recall"],
+        "torch-fidelity": ["fid", "is", "kid", "precision", "recall"],
+        "clean-fid": ["fid", "kid"],
+    }
+    assert found.results["adm"].metrics["fid"].name == "FID-22"
+    assert found.results["adm"].metrics["precision"].note == "inception features, k = 3, 30 reference images"
+    # torch-fidelity's default for these two is VGG16: a number on Inception features would not be its own.
+    assert found.results["torch-fidelity"].metrics["precision"].value is None
+    assert "VGG16" in found.results["torch-fidelity"].metrics["precision"].note
+
+
+def test_names_carry_the_count() -> None:
+    assert counted("FID", 50_000) == "FID"
+    assert counted("FID", 10_000) == "FID-10k"
+    assert counted("sFID", 12_345) == "sFID-12345"
+    assert counted("precision", 10_000) == "precision (10k images)"
+    assert counted("FID", 49_999) != "FID"
+
+
+def test_two_evaluations_name_their_count_too(folders) -> None:
+    found = evaluate(*folders, "adm", settings=QUICK.model_copy(update={"count": 10}))
+    assert found.samples.count == 10
+    assert found.first.metrics["fid"].name == "FID-10"
+    assert found.tables["inception"].rows.tolist() == [0, 2, 4, 6, 8, 11, 13, 15, 17, 19]  # spread over the set
+    with pytest.raises(UserError, match="23 images are asked for and 22"):
+        evaluate(*folders, "adm", settings=QUICK.model_copy(update={"count": 23}))
+
+
+def test_features_are_cached_by_content(folders, fake_networks, tmp_path) -> None:
+    settings = QUICK.model_copy(update={"feature_cache": tmp_path / "cache"})
+    first = evaluate(*folders, "adm", settings=settings)
+    seen = fake_networks["inception"].images_seen
+    again = evaluate(*folders, "adm", settings=settings)
+    assert fake_networks["inception"].images_seen == 0  # a new network that saw nothing
+    assert seen == 56
+    assert again.first.metrics == first.first.metrics
+    assert again.samples.images_per_second is None
+    Image.fromarray(make_images(1, seed=9)[0]).save(folders[0] / "000003.png")  # other content, same names
+    changed = evaluate(*folders, "adm", settings=settings)
+    assert fake_networks["inception"].images_seen == 24  # the samples alone
+    assert changed.frechet_distance != first.frechet_distance
+    assert not list((tmp_path / "cache").glob(".*"))  # no half-made table is left
+
+
+def test_statistics_give_the_number_of_the_images(folders, tmp_path) -> None:
+    direct = evaluate(*folders, "adm", settings=QUICK)
+    make_statistics(folders[1], tmp_path / "ref.npz", "adm", settings=QUICK)
+    through = evaluate(folders[0], tmp_path / "ref.npz", "adm", settings=QUICK)
+    for key in ("fid", "sfid"):
+        assert through.first.metrics[key].value == pytest.approx(direct.first.metrics[key].value, rel=1e-9)
+    assert through.first.metrics["precision"].value is None
+    assert "statistics" in through.first.metrics["precision"].note
+    assert through.reference.count == 30
+
+
+def test_clean_fid_never_takes_statistics_of_adm(folders, tmp_path) -> None:
+    make_statistics(folders[1], tmp_path / "ref.npz", "adm", settings=QUICK)
+    with pytest.raises(UserError, match="not of 'inception-clean'"):
+        evaluate(folders[0], tmp_path / "ref.npz", "clean-fid", settings=QUICK)
+
+
+def test_sfid_without_spatial_statistics_says_so(folders, tmp_path) -> None:
+    make_statistics(folders[1], tmp_path / "ref.npz", "adm", settings=QUICK)
+    with np.load(tmp_path / "ref.npz") as arrays:
+        np.savez(tmp_path / "plain.npz", mu=arrays["mu"], sigma=arrays["sigma"])
+    found = evaluate(folders[0], tmp_path / "plain.npz", "adm", settings=QUICK)
+    assert found.first.metrics["sfid"].value is None
+    assert "mu_s" in found.first.metrics["sfid"].note
+    assert found.first.metrics["fid"].value is not None
+
+
+def test_adm_is_is_shuffled_where_files_are_sorted_by_class(folders, fake_networks) -> None:
+    images = make_images(40)
+    sorted_set = ArrayImages(images, "sorted", np.repeat([0, 1], 20))
+    mixed_set = ArrayImages(images, "mixed", np.tile([0, 1], 20))
+    notes = [
+        evaluate(one, folders[1], "adm", settings=QUICK).first.metrics["is"].note for one in (sorted_set, mixed_set)
+    ]
+    assert "fixed shuffle" in notes[0]
+    assert "file order" in notes[1]
+
+
+def test_one_corrupt_image_is_named_and_refused(folders) -> None:
+    (folders[0] / "000007.png").write_bytes(b"\x89PNG not really")
+    with pytest.raises(UserError, match=r"000007\.png") as caught:
+        evaluate(*folders, "adm", settings=QUICK)
+    assert "--skip-bad" in caught.value.next_step
+
+
+def test_corrupt_images_are_skipped_by_flag_and_counted(folders) -> None:
+    without = np.delete(np.arange(22), [7, 21])
+    expected = evaluate(ArrayImages(make_images(22)[without], "whole"), folders[1], "adm", settings=QUICK)
+    for name in ("000007", "000021"):
+        (folders[0] / f"{name}.png").write_bytes(b"\x89PNG not really")
+    found = evaluate(*folders, "adm", settings=QUICK.model_copy(update={"skip_bad": True}))
+    assert found.samples.count == 20
+    assert [name[-11:-1] for name in found.samples.skipped] == ["000007.png", "000021.png"]
+    assert found.first.metrics["fid"].name == "FID-20"
+    assert found.frechet_distance == pytest.approx(expected.frechet_distance, rel=1e-12)
+    assert found.tables["inception"].rows.tolist() == without.tolist()
+
+
+def test_mixed_sizes_are_refused_unless_cropped(folders) -> None:
+    Image.fromarray(make_images(1, size=48)[0]).save(folders[0] / "000005.png")
+    with pytest.raises(UserError, match=r"000005\.png.*48 x 48 pixels where 32 x 32") as caught:
+        evaluate(*folders, "adm", settings=QUICK)
+    assert "--image-size" in caught.value.next_step
+    cropped = evaluate(*folders, "adm", settings=QUICK.model_copy(update={"image_size": 32}))
+    assert cropped.samples.count == 22
+    assert evaluate(*folders, "clean-fid", settings=QUICK).samples.count == 22  # its resize takes any size
+
+
+def test_a_reference_of_another_resolution_is_refused(folders, tmp_path) -> None:
+    other = write_folder(tmp_path / "other", make_images(8, size=64))
+    with pytest.raises(UserError, match="32 x 32 pixels and the reference .* 64 x 64"):
+        evaluate(folders[0], other, "adm", settings=QUICK)
+    make_statistics(other, tmp_path / "other.npz", "adm", settings=QUICK)
+    with pytest.raises(UserError, match="64 x 64"):
+        evaluate(folders[0], tmp_path / "other.npz", "adm", settings=QUICK)
+
+
+@pytest.mark.parametrize("side", [0, 1])
+def test_one_image_is_no_distribution(folders, tmp_path, side: int) -> None:
+    single = write_folder(tmp_path / "single", make_images(1))
+    pair = [folders[0], folders[1]]
+    pair[side] = single
+    with pytest.raises(UserError, match="1 usable image"):
+        evaluate(*pair, "adm", settings=QUICK)
+
+
+def test_swapped_arguments_are_noticed(folders) -> None:
+    (folders[0] / "manifest.json").write_text(json.dumps({"format": "xar-samples", "labels": [0] * 22}))
+    with pytest.raises(UserError, match="given as the reference"):
+        evaluate(folders[1], folders[0], "adm", settings=QUICK)
+
+
+def test_fewer_images_than_neighbours_leave_a_note(folders, tmp_path) -> None:
+    few = write_folder(tmp_path / "few", make_images(3))
+    found = evaluate(few, folders[1], "adm", settings=QUICK)
+    assert found.first.metrics["recall"].value is None
+    assert "more than 3 images" in found.first.metrics["recall"].note
+
+
+def test_generated_images_are_judged_without_files(folders) -> None:
+    images = make_images(22)
+    drawn: list[int] = []
+
+    def draw(indices):
+        drawn.extend(indices)
+        return images[list(indices)]
+
+    generated = GeneratedImages("a model", np.zeros(22, int), draw, "seed 0")
+    found = evaluate(generated, folders[1], "adm", settings=QUICK)
+    assert drawn == list(range(22))  # each once
+    assert found.frechet_distance == pytest.approx(evaluate(*folders, "adm", settings=QUICK).frechet_distance)
+
+
+def test_unknown_protocols_offer_the_nearest() -> None:
+    with pytest.raises(UserError) as caught:
+        pick_protocols("cleanfid")
+    assert "'clean-fid'" in caught.value.next_step
+    with pytest.raises(UserError):
+        pick_protocols([])
+    assert [one.name for one in pick_protocols(["adm,digits", "adm"])] == ["adm", "digits"]
+
+
+def test_missing_weights_are_named_before_any_work(tmp_path, monkeypatch) -> None:
+    import torch
+
+    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path / "hub"))
+    samples = write_folder(tmp_path / "s", make_images(4))
+    with pytest.raises(UserError, match="weights-inception"):
+        evaluate(samples, samples, "digits,adm", settings=QUICK)
+
+
+def test_result_is_plain_json(folders) -> None:
+    found = evaluate(*folders, "adm,clean-fid", settings=QUICK.model_copy(update={"error_bars": "subsets"}))
+    plain = json.loads(json.dumps(found.as_dict()))
+    assert plain["protocols"]["adm"]["metrics"]["fid"]["error"] > 0
+    assert plain["protocols"]["adm"]["resize"]
+    assert len(plain["samples"]["sha256"]) == 64
