@@ -1,0 +1,186 @@
+"""Caching latents: is the stage bound by the tokenizer alone, and what do bf16 and channels_last give the
+encoder?
+
+    python benchmarks/caching.py                      # KL-16 at 256 x 256 on this machine's device
+    python benchmarks/caching.py --images 48 --size 256 --pairs 5
+
+Images are JPEGs of photographs' size (500 x 375) with seeded noise over seeded gradients; KL-16 has seeded
+weights, so its numbers mean nothing and its time is the real one. The pure encoder runs on images that lie
+decoded in memory, in the same batches, both mirror images. In turns A B B A; median ratio of the pairs,
+smallest and largest beside it. Moments in bf16 are compared with those in float32 in the same run.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import os
+import platform
+import subprocess
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from safetensors.torch import save_file
+
+from xar_cli.cache import cache_latents
+from xar_cli.cache.jobs import EncodeImages
+from xar_cli.config import Config, load_recipe
+from xar_cli.data.images import ImageFolder
+from xar_cli.distributed import pick_device
+from xar_cli.tokenizer import Codec, Tokenizer, load_tokenizer
+from xar_cli.tokenizer.kl16 import build_on_meta
+
+
+def write_images(root: Path, count: int) -> None:
+    """JPEGs of 500 x 375 in two classes."""
+    rng = np.random.default_rng(0)
+    y, x = np.mgrid[:375, :500]
+    for i in range(count):
+        slopes = rng.uniform(-0.5, 0.5, (3, 2))
+        smooth = np.stack([128 + a * (x - 250) + b * (y - 187) for a, b in slopes], axis=-1)
+        pixels = np.clip(smooth + rng.normal(0, 12, smooth.shape), 0, 255).astype(np.uint8)
+        path = root / f"class-{i % 2}" / f"{i:05d}.jpg"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(pixels).save(path, quality=90)
+
+
+def write_weights(path: Path) -> None:
+    """KL-16's weights from a seed, of unit gain, under their published names."""
+    rng = np.random.default_rng(11)
+    state = {}
+    for name, tensor in sorted(build_on_meta().state_dict().items()):
+        values = rng.standard_normal(tuple(tensor.shape), dtype=np.float32)
+        if "norm" in name and name.endswith("weight"):
+            values = 1 + 0.1 * values
+        elif name.endswith("bias"):
+            values = 0.1 * values
+        else:
+            values = values / math.sqrt(math.prod(tensor.shape[1:]))
+        state[name] = torch.from_numpy(np.asarray(values, np.float32))
+    save_file(state, path)
+
+
+def in_turns(first: Callable[[], float], second: Callable[[], float], pairs: int) -> dict[str, float]:
+    """Ratios first / second of images per second, in turns A B B A."""
+    ratios, rates = [], ([], [])
+    for turn in range(pairs):
+        order = (first, second) if turn % 2 == 0 else (second, first)
+        got = [run() for run in order]
+        a, b = got if turn % 2 == 0 else got[::-1]
+        ratios.append(a / b)
+        rates[0].append(a)
+        rates[1].append(b)
+    return {
+        "ratio": float(np.median(ratios)), "min": min(ratios), "max": max(ratios),
+        "images_per_s": float(np.median(rates[0])), "against_images_per_s": float(np.median(rates[1])),
+    }  # fmt: skip
+
+
+def measure(folder: Path, recipe: Config, count: int, batch: int, pairs: int, device_name: str) -> dict[str, object]:
+    """All figures."""
+    device = pick_device(device_name)
+    weights, root = folder / "kl16.safetensors", folder / "images"
+    write_weights(weights)
+    write_images(root, count)
+    job = _job(recipe, weights, root, device, torch.float32)
+    items = [
+        np.stack([job.load(row) for row in range(start, min(start + batch, count))]) for start in range(0, count, batch)
+    ]
+
+    def pure(codec_job: EncodeImages, blocks: list[np.ndarray] = items) -> float:
+        start = time.perf_counter()
+        for block in blocks:
+            moments = codec_job.encode(block)
+        moments[-1].cpu()
+        return sum(map(len, blocks)) / (time.perf_counter() - start)
+
+    turn = iter(range(10_000))
+
+    def stage() -> float:
+        summary = cache_latents(
+            root, folder / f"latents-{next(turn)}.h5", recipe, device=device_name, tokenizer_weights=weights,
+            batch_size=batch,
+        )  # fmt: skip
+        return summary.num_encoded / summary.seconds
+
+    pure(job, items[:1])
+    results: dict[str, object] = {
+        "noise floor: encoder against encoder": in_turns(lambda: pure(job), lambda: pure(job), 2),
+        "stage against pure encoder, fp32": in_turns(stage, lambda: pure(job), pairs),
+    }
+    half = _job(recipe, weights, root, device, torch.bfloat16)
+    one = items[:1]
+    pure(half, one)
+    results["encoder bf16 against fp32"] = in_turns(lambda: pure(half, one), lambda: pure(job, one), pairs)
+    results["encoder fp32, channels_last against contiguous"] = in_turns(
+        lambda: pure(job, one), lambda: _contiguous(job.codec.tokenizer, one), pairs
+    )
+    exact, rounded = job.encode(items[0])[0].float().cpu(), half.encode(items[0])[0].float().cpu()
+    results["moments in bf16 against fp32"] = error_of(rounded, exact)
+    results["moments stored in float16"] = error_of(exact.half().float(), exact)
+    results["moments stored in bfloat16"] = error_of(exact.bfloat16().float(), exact)
+    start = time.perf_counter()
+    for row in range(count):
+        job.load(row)
+    results["decode on one core, images/s"] = count / (time.perf_counter() - start)
+    return results
+
+
+def error_of(moments: torch.Tensor, exact: torch.Tensor) -> dict[str, float]:
+    """Errors of the mean, relative to its standard deviation, and of the log-variance, absolute."""
+    (mean, logvar), (mean_exact, logvar_exact) = moments.chunk(2, 1), exact.chunk(2, 1)
+    return {
+        "mean_rms_over_std": float((mean - mean_exact).square().mean().sqrt() / mean_exact.std()),
+        "mean_max_over_std": float((mean - mean_exact).abs().max() / mean_exact.std()),
+        "logvar_rms": float((logvar - logvar_exact).square().mean().sqrt()),
+        "logvar_max": float((logvar - logvar_exact).abs().max()),
+    }
+
+
+def _job(recipe: Config, weights: Path, root: Path, device: torch.device, dtype: torch.dtype) -> EncodeImages:
+    codec = Codec(load_tokenizer(recipe, weights, device, dtype), recipe.tokenizer.latent_scale)
+    return EncodeImages(ImageFolder(root), codec, recipe.data.image_size, True, device)
+
+
+def _contiguous(tokenizer: Tokenizer, blocks: list[np.ndarray]) -> float:
+    """Images per second of the same network with the plain order of memory."""
+    network = tokenizer.network.to(memory_format=torch.contiguous_format)  # type: ignore[attr-defined]
+    start = time.perf_counter()
+    with torch.inference_mode():
+        for block in blocks:
+            images = torch.from_numpy(block).to(tokenizer.device).float() / 127.5 - 1  # type: ignore[attr-defined]
+            for view in (images, images.flip(-1)):
+                moments = network.encode(view.contiguous())
+        moments.cpu()
+    rate = sum(map(len, blocks)) / (time.perf_counter() - start)
+    network.to(memory_format=torch.channels_last)
+    return rate
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--images", type=int, default=24, help="in one turn")
+    parser.add_argument("--size", type=int, default=256)
+    parser.add_argument("--batch", type=int, default=4)
+    parser.add_argument("--pairs", type=int, default=5)
+    parser.add_argument("--device", default="auto")
+    arguments = parser.parse_args()
+    recipe = load_recipe("base", ["data.num_classes=2", f"data.image_size={arguments.size}"])
+    with tempfile.TemporaryDirectory() as folder:
+        results = measure(Path(folder), recipe, arguments.images, arguments.batch, arguments.pairs, arguments.device)
+    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout.strip()
+    about = {
+        **vars(arguments), "machine": f"{platform.machine()}, {os.cpu_count()} cores",
+        "commit": commit, "date": time.strftime("%Y-%m-%d"), "torch": torch.__version__,
+    }  # fmt: skip
+    print(json.dumps({**about, "results": results}, indent=2))
+
+
+if __name__ == "__main__":
+    main()
