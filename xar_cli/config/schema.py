@@ -49,27 +49,47 @@ class PixelsConfig(Section):
 TokenizerConfig = Annotated[KL16Config | PixelsConfig, Field(discriminator="kind")]
 
 
+Order = Literal["raster", "centre_out"] | tuple[int, ...]
+ORDER_HELP = "raster, centre_out (nearest the middle of the grid first), or a permutation: place -> raster number."
+
+
+def order_misfit(order: Order, num_entities: int) -> str | None:
+    """Why an order cannot be that of so many entities, or None."""
+    if isinstance(order, tuple) and sorted(order) != list(range(num_entities)):
+        return f"entity.order must hold each of 0 to {num_entities - 1} once"
+    return None
+
+
 class CellEntity(Section):
-    """An entity is a square of neighbouring tokens; cells follow in raster order (the paper's choice)."""
+    """An entity is a rectangle of neighbouring tokens (the paper's choice: squares in raster order)."""
 
     kind: Literal["cell"]
-    size: int = Field(gt=0, description="Side of the square cell, in tokens.")
+    size: int | tuple[int, int] = Field(description="Side of the square cell, or its (rows, columns), in tokens.")
+    order: Order = Field("raster", description=ORDER_HELP)
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Rows and columns of one cell."""
+        return (self.size, self.size) if isinstance(self.size, int) else self.size
 
     def misfit(self, grid: tuple[int, int]) -> str | None:
         """Why this entity cannot group a grid, or None."""
-        if any(side % self.size for side in grid):
-            return f"entity.size {self.size} does not divide the {grid[0]} x {grid[1]} grid"
-        return None
+        (height, width), (rows, columns) = grid, self.shape
+        if rows < 1 or columns < 1 or height % rows or width % columns:
+            size = str(rows) if rows == columns else f"{rows} x {columns}"
+            return f"entity.size {size} does not divide the {height} x {width} grid"
+        return order_misfit(self.order, (height // rows) * (width // columns))
 
 
 class TokenEntity(Section):
-    """An entity is one token, in raster order."""
+    """An entity is one token."""
 
     kind: Literal["token"]
+    order: Order = Field("raster", description=ORDER_HELP)
 
     def misfit(self, grid: tuple[int, int]) -> str | None:
-        """Why this entity cannot group a grid: it always can."""
-        return None
+        """Why this entity cannot group a grid, or None."""
+        return order_misfit(self.order, grid[0] * grid[1])
 
 
 class ImageEntity(Section):
@@ -87,25 +107,28 @@ class SubsampleEntity(Section):
 
     kind: Literal["subsample"]
     stride: int = Field(gt=0, description="Distance of an entity's tokens along rows and columns.")
+    order: Order = Field("raster", description=ORDER_HELP)
 
     def misfit(self, grid: tuple[int, int]) -> str | None:
         """Why this entity cannot group a grid, or None."""
         if any(side % self.stride for side in grid):
             return f"entity.stride {self.stride} does not divide the {grid[0]} x {grid[1]} grid"
-        return None
+        return order_misfit(self.order, self.stride**2)
 
 
 class ScaleEntity(Section):
-    """Entity j is the whole latent, area-downsampled to sizes[j]; the last is the latent itself."""
+    """Entity j is the whole latent, downsampled to sizes[j]; the last is the latent itself."""
 
     kind: Literal["scale"]
     sizes: tuple[int, ...] = Field(min_length=1, description="Sides of the scales, coarse to fine.")
+    resize: Literal["area", "bilinear"] = Field("area", description="How the latent is downsampled.")
 
     def misfit(self, grid: tuple[int, int]) -> str | None:
         """Why this entity cannot group a grid, or None."""
         if grid != (self.sizes[-1], self.sizes[-1]):
             return f"the last of entity.sizes, {self.sizes[-1]}, is not the {grid[0]} x {grid[1]} grid"
-        if any(size < 1 or self.sizes[-1] % size for size in self.sizes) or list(self.sizes) != sorted(set(self.sizes)):
+        rising = list(self.sizes) == sorted(set(self.sizes))
+        if not rising or any(size < 1 or self.sizes[-1] % size for size in self.sizes):
             return f"entity.sizes {list(self.sizes)} must rise, and each must divide the last"
         return None
 

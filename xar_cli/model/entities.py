@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from xar_cli.config.schema import EntityConfig
+from xar_cli.config.schema import EntityConfig, Order
 
 
 @dataclass(frozen=True)
@@ -80,10 +80,11 @@ class ScalePyramid(Grouping):
     """Entity j is the whole latent, downsampled to sizes[j]; the last one is the latent itself."""
 
     sizes: tuple[tuple[int, int], ...]
+    resize: str  # mode of F.interpolate
 
     def to_tokens(self, latents: Tensor) -> Tensor:
         """(B, C, H, W) -> (B, N, C): every scale in raster order, coarse to fine."""
-        scales = [F.interpolate(latents, size=size, mode="area") for size in self.sizes]
+        scales = [F.interpolate(latents, size=size, mode=self.resize) for size in self.sizes]
         return torch.cat([scale.flatten(2).transpose(1, 2) for scale in scales], dim=1)
 
     def to_latents(self, tokens: Tensor) -> Tensor:
@@ -93,45 +94,53 @@ class ScalePyramid(Grouping):
 
 def build_grouping(entity: EntityConfig, grid: tuple[int, int]) -> Grouping:
     """The grouping that a config asks for, on an (H, W) grid. The config has checked that they fit."""
-    height, width = grid
     if entity.kind == "cell":
-        return _cells(grid, entity.size, entity.size)
+        return _in_order(_cells(grid, *entity.shape), grid, entity.order)
     if entity.kind == "token":
-        return _cells(grid, 1, 1)
+        return _in_order(_cells(grid, 1, 1), grid, entity.order)
     if entity.kind == "image":
-        return _cells(grid, height, width)
+        return _in_order(_cells(grid, *grid), grid, "raster")
     if entity.kind == "subsample":
-        stride = entity.stride
-        raster = torch.arange(height * width).view(height, width)
-        return _permuted(
-            grid, [raster[j // stride :: stride, j % stride :: stride] for j in range(stride**2)]
-        )
+        return _in_order(_subsamples(grid, entity.stride), grid, entity.order)
     sizes = tuple((size, size) for size in entity.sizes)
-    centres = [
-        torch.cartesian_prod(
-            (torch.arange(h) + 0.5) * height / h - 0.5, (torch.arange(w) + 0.5) * width / w - 0.5
-        )
-        for h, w in sizes
-    ]
-    return ScalePyramid(grid, tuple(h * w for h, w in sizes), torch.cat(centres), sizes)
+    coordinates = torch.cat([_token_centres(grid, size) for size in sizes])
+    return ScalePyramid(grid, tuple(rows * columns for rows, columns in sizes), coordinates, sizes, entity.resize)
 
 
-def _cells(grid: tuple[int, int], rows: int, columns: int) -> PermutedGrid:
-    """Cells of rows x columns tokens; cells in raster order, tokens in raster order inside a cell."""
-    height, width = grid
-    raster = torch.arange(height * width).view(height, width)
-    return _permuted(
-        grid,
-        [
-            raster[top : top + rows, left : left + columns]
-            for top in range(0, height, rows)
-            for left in range(0, width, columns)
-        ],
-    )
+def _raster(grid: tuple[int, int]) -> Tensor:
+    """(H, W) number of every token in raster order."""
+    return torch.arange(grid[0] * grid[1]).view(grid)
 
 
-def _permuted(grid: tuple[int, int], entities: list[Tensor]) -> PermutedGrid:
-    """A grouping from the raster indices of every entity."""
-    order = torch.cat([entity.flatten() for entity in entities])
-    coordinates = torch.stack([order // grid[1], order % grid[1]], dim=1).float()
-    return PermutedGrid(grid, tuple(entity.numel() for entity in entities), coordinates, order)
+def _cells(grid: tuple[int, int], rows: int, columns: int) -> list[Tensor]:
+    """Raster numbers of each cell of rows x columns tokens; cells in raster order, tokens in raster order inside."""
+    return [cell.flatten() for band in _raster(grid).split(rows) for cell in band.split(columns, dim=1)]
+
+
+def _subsamples(grid: tuple[int, int], stride: int) -> list[Tensor]:
+    """Raster numbers of the tokens with (row mod stride, column mod stride) = divmod(j, stride), for each j."""
+    raster = _raster(grid)
+    return [raster[j // stride :: stride, j % stride :: stride].flatten() for j in range(stride**2)]
+
+
+def _in_order(entities: list[Tensor], grid: tuple[int, int], order: Order) -> PermutedGrid:
+    """A grouping from the raster numbers of every entity's tokens, the entities themselves in the order asked for."""
+    if order == "centre_out":
+        centre = torch.tensor([(side - 1) / 2 for side in grid])
+        distances = [(_places(entity, grid).mean(0) - centre).norm().item() for entity in entities]
+        order = tuple(sorted(range(len(entities)), key=lambda j: (round(distances[j], 6), j)))
+    if order != "raster":
+        entities = [entities[j] for j in order]
+    tokens = torch.cat(entities)
+    return PermutedGrid(grid, tuple(entity.numel() for entity in entities), _places(tokens, grid), tokens)
+
+
+def _places(tokens: Tensor, grid: tuple[int, int]) -> Tensor:
+    """(N, 2) float row and column of tokens given by raster number."""
+    return torch.stack([tokens // grid[1], tokens % grid[1]], dim=1).float()
+
+
+def _token_centres(grid: tuple[int, int], size: tuple[int, int]) -> Tensor:
+    """(N, 2) centres of the tokens of a coarser grid, in coordinates of the fine one: (r + 0.5) H / s - 0.5."""
+    axes = [(torch.arange(coarse) + 0.5) * fine / coarse - 0.5 for fine, coarse in zip(grid, size, strict=True)]
+    return torch.cartesian_prod(*axes)
