@@ -15,7 +15,7 @@ app = typer.Typer(help="Inspect, convert, download and push weights.", no_args_i
 
 EmaOption = Annotated[bool, typer.Option("--ema/--raw", help="Averaged or raw weights, where a source holds both.")]
 SourceArgument = Annotated[
-    str, typer.Argument(metavar="SOURCE", help="A file, a run folder, or hf://owner/repo/file[@revision].")
+    str, typer.Argument(metavar="SOURCE", help="A file, a run folder, or hf://owner/repo/file@revision.")
 ]
 
 
