@@ -89,6 +89,11 @@ def parse_hub_name(source: str | Path) -> HubFile | None:
     return HubFile(match["repo"], match["file"], match["revision"])
 
 
+def absolute_source(source: Path) -> Path:
+    """A path made absolute, for another process to open; a hub name stays as it is."""
+    return source.absolute() if parse_hub_name(source) is None else source
+
+
 def local_file(source: str | Path) -> Path:
     """The local path of a source: a path as it is, a hub name after fetching it (or from the cache).
 

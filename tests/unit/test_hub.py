@@ -10,7 +10,7 @@ import pytest
 
 from tests.fake_hub import FakeHub, running_hub
 from xar_cli.errors import UserError
-from xar_cli.hub import HubFile, check_sha256, local_file, parse_hub_name, require_repo_name
+from xar_cli.hub import HubFile, absolute_source, check_sha256, local_file, parse_hub_name, require_repo_name
 
 FETCH = """
 import sys
@@ -106,6 +106,8 @@ def test_names():
     assert parse_hub_name(Path("hf://a/b/c.pth@v1")) == HubFile("a/b", "c.pth", "v1")
     assert str(HubFile("a/b", "c.pth", "v1")) == "hf://a/b/c.pth@v1"
     assert local_file("some/file") == Path("some/file")
+    assert absolute_source(Path("file")) == Path.cwd() / "file"
+    assert parse_hub_name(absolute_source(Path("hf://a/b/c.pth"))) == HubFile("a/b", "c.pth")
 
 
 @pytest.mark.parametrize("name", ["hf://a/b", "hf://a", "hf:///b/c", "hf://a/b/c@"])

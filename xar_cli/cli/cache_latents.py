@@ -75,6 +75,7 @@ def cache_latents(
     from xar_cli.cache.stage import plan_cache, summarize
     from xar_cli.config import load_recipe
     from xar_cli.errors import UserError
+    from xar_cli.hub import absolute_source
     from xar_cli.launch import LaunchOptions, run
 
     if (images is None) == (from_mar is None):
@@ -89,7 +90,7 @@ def cache_latents(
         out=out.absolute(),
         config=config,
         from_mar=from_mar is not None,
-        tokenizer_weights=tokenizer_weights and tokenizer_weights.absolute(),
+        tokenizer_weights=tokenizer_weights and absolute_source(tokenizer_weights),
         precision=precision,
         flip=flip or ("encode" if config.data.mirror else "none"),
         dtype=dtype,
