@@ -128,7 +128,7 @@ def test_two_real_ranks_make_one_cache_and_one_goes_on_from_it(images, tmp_path,
     assert summarize(out).content_hash == summarize(alone).content_hash
 
 
-def test_a_stopped_command_says_how_to_go_on(tmp_path):
+def test_a_stopped_command_keeps_what_it_made(tmp_path):
     images, out = make_images(tmp_path / "images", 3, 700), tmp_path / "latents.h5"
     process = subprocess.Popen(
         [*COMMAND, *arguments(images, out, "--batch-size", "1", "--workers", "1")], stderr=subprocess.PIPE, text=True
@@ -138,7 +138,6 @@ def test_a_stopped_command_says_how_to_go_on(tmp_path):
     os.kill(process.pid, signal.SIGINT)
     _, error = process.communicate()
     assert process.returncode == 130, error
-    assert "The same command goes on" in error
     assert 0 < summarize(out).num_samples < 2100
     with pytest.raises(UserError, match="not finished"):
         LatentReader(out)

@@ -96,7 +96,7 @@ class LatentWriter:
         checksum, squares, largest = 0, 0.0, 0.0
         for name, values in zip(self.layout.moments_names, exact, strict=True):
             with np.errstate(over="ignore", invalid="ignore"):  # beyond float16 lies Inf: `verify` finds it
-                stored = values.astype(self.layout.dtype)
+                stored = np.ascontiguousarray(values, self.layout.dtype)
                 difference = stored.astype(np.float32) - values
             self._put(row, name, stored)
             checksum = zlib.crc32(stored, checksum)
