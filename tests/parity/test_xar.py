@@ -5,8 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
-from xar_cli.flow import interpolant, solvers
-from xar_cli.flow.guidance import linear_guidance
+from xar_cli.flow import interpolant
+from xar_cli.flow.guidance import guidance_scales
+from xar_cli.sample.plan import SamplingPlan
 from xar_cli.sample.sampler import sample_latents
 
 TOLERANCE = 1e-5
@@ -45,12 +46,8 @@ def test_velocity_and_loss(golden, golden_model):
 @pytest.mark.parametrize("solver", ["euler", "euler_maruyama"])
 def test_sampling(solver, golden, golden_model, golden_settings):
     noise = RecordedNoise(golden[f"{solver}.initial_noise"], golden.get(f"{solver}.step_noise"))
-    latents = sample_latents(
-        golden_model,
-        golden[f"{solver}.labels"],
-        noise,
-        solvers.SOLVERS[solver],
-        [golden_settings["num_steps"]] * 4,
-        linear_guidance(golden_settings["cfg"], 4),
+    plan = SamplingPlan(
+        solver, (golden_settings["num_steps"],) * 4, tuple(guidance_scales("linear", golden_settings["cfg"], 4))
     )
+    latents = sample_latents(golden_model, golden[f"{solver}.labels"], noise, plan)
     assert relative_error(latents, golden[f"{solver}.latents"]) <= TOLERANCE

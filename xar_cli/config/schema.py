@@ -5,12 +5,13 @@ Owns every fact about grid, entities, channels and classes. Reads no file (recip
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
 KL16_STRIDE = 16  # SPEC of the KL-16 tokenizer: 256 pixels -> 16 latent positions
 KL16_CHANNELS = 16
+MAX_STEPS = 1000  # the network tells 1001 timesteps apart; YAML also reads an unquoted 40:15 as 2415
 LR_BATCH_UNIT = 256  # lr = base_lr * global_batch_size / 256 (paper, section 4)
 
 
@@ -207,18 +208,62 @@ class TrainConfig(Section):
         return self
 
 
+def _check_num_steps(value: Any) -> Any:
+    parts = str(value).split(":")
+    if isinstance(value, int | str) and len(parts) <= 2 and all(part.isdigit() for part in parts):
+        steps = [int(part) for part in parts]
+        if all(0 < count <= MAX_STEPS for count in steps):
+            return steps[0] if len(steps) == 1 else value
+    raise ValueError(
+        f"must be a whole number from 1 to {MAX_STEPS}, or first and last of a schedule in quotes, '40:15' "
+        f"(got {value!r})"
+    )
+
+
+NumSteps = Annotated[int | str, BeforeValidator(_check_num_steps)]
+
+
 class SampleConfig(Section):
     """How images are drawn; the published settings are the defaults of the published recipes."""
 
-    solver: Literal["euler_maruyama", "euler"] = Field("euler_maruyama", description="Integrator inside one entity.")
-    num_steps: int = Field(gt=0, description="Network evaluations per entity.")
+    solver: Literal["euler_maruyama", "euler", "heun", "multistep"] = Field(
+        "euler_maruyama", description="Integrator inside one entity."
+    )
+    num_steps: NumSteps = Field(
+        description="Network evaluations per entity: one number, or first and last, '40:15', with linear steps between."
+    )
     guidance_scale: float = Field(ge=0, description="Classifier-free guidance of the last entity; 1 is no guidance.")
+    guidance_schedule: Literal["linear", "constant", "cosine"] = Field(
+        "linear",
+        description="How guidance grows from entity to entity: from none to guidance_scale, or the same for all.",
+    )
+    guidance_interval: tuple[float, float] = Field(
+        (0.0, 1.0), description="Timesteps t, lowest and highest, between which guidance is applied."
+    )
     batch_size: int = Field(64, gt=0, description="Images drawn together on one rank.")
+    compile: bool = Field(
+        True, description="Compile the network with torch.compile where the job is long enough to pay."
+    )
+    decoder_precision: Literal["bf16", "fp32"] = Field(
+        "fp32", description="Arithmetic of the KL-16 decoder; the pixels tokenizer has none."
+    )
+
+    def entity_steps(self, num_entities: int) -> tuple[int, ...]:
+        """Network evaluations of each entity."""
+        first, _, last = str(self.num_steps).partition(":")
+        if not last or num_entities == 1:
+            return (int(first),) * num_entities
+        slope = (int(last) - int(first)) / (num_entities - 1)
+        return tuple(round(int(first) + slope * j) for j in range(num_entities))
 
     @model_validator(mode="after")
     def _check(self) -> SampleConfig:
-        if self.solver == "euler_maruyama" and self.num_steps < 2:
+        fewest = min(int(part) for part in str(self.num_steps).split(":"))
+        if self.solver == "euler_maruyama" and fewest < 2:
             raise ValueError("euler_maruyama needs num_steps of 2 or more: its last step is a plain denoise")
+        low, high = self.guidance_interval
+        if not 0 <= low < high <= 1:
+            raise ValueError("guidance_interval must be two rising numbers in [0, 1]")
         return self
 
 

@@ -76,9 +76,7 @@ class LayerCache:
 @lru_cache(maxsize=32)
 def block_causal_mask(lengths: tuple[int, ...], past: int = 0, device: torch.device | None = None) -> Tensor:
     """(N, past + N) bool, True where a token may look: its own entity, all earlier ones, the past."""
-    entity = torch.repeat_interleave(
-        torch.arange(len(lengths), device=device), torch.tensor(lengths, device=device)
-    )
+    entity = torch.repeat_interleave(torch.arange(len(lengths), device=device), torch.tensor(lengths, device=device))
     mask = entity[:, None] >= entity[None, :]
     return F.pad(mask, (past, 0), value=True)
 
@@ -118,7 +116,7 @@ def block_causal_attention(
 
 
 class Attention(nn.Module):
-    """Multi-head attention with a fused qkv projection and rotary positions; no q/k norm."""
+    """The projections around multi-head attention: fused qkv with rotary positions, output; no q/k norm."""
 
     def __init__(self, dim: int, heads: int, dropout: float) -> None:
         super().__init__()
@@ -127,13 +125,13 @@ class Attention(nn.Module):
         self.qkv = nn.Linear(dim, 3 * dim)
         self.proj = nn.Linear(dim, dim)
 
-    def forward(self, h: Tensor, rope: Tensor, lengths: tuple[int, ...], cache: LayerCache | None) -> Tensor:
-        """(B, N, D) -> (B, N, D); `rope` (2, N, E/2); `lengths` the tokens of each entity among the N."""
+    def project(self, h: Tensor, rope: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """(B, N, D) -> rotated queries, rotated keys, values, (B, H, N, E) each; `rope` (2, N, E/2)."""
         qkv = self.qkv(h).unflatten(-1, (3, self.heads, -1))  # (B, N, 3, H, E)
-        q, k, v = qkv.permute(2, 0, 3, 1, 4)  # (B, H, N, E) each
-        q, k = rotate(q, rope), rotate(k, rope)
-        if cache is not None:
-            k, v = cache.extend(k, v)
-        out = block_causal_attention(q, k, v, lengths, self.dropout if self.training else 0.0)
-        out = self.proj(out.transpose(1, 2).flatten(2))
+        q, k, v = qkv.permute(2, 0, 3, 1, 4)
+        return rotate(q, rope), rotate(k, rope), v
+
+    def finish(self, attended: Tensor) -> Tensor:
+        """(B, H, N, E) -> (B, N, D)."""
+        out = self.proj(attended.transpose(1, 2).flatten(2))
         return F.dropout(out, self.dropout, self.training)

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from xar_cli.config.schema import Config
-from xar_cli.model.attention import Attention, KVCache, LayerCache
+from xar_cli.model.attention import Attention, KVCache, LayerCache, block_causal_attention
 from xar_cli.model.entities import build_grouping
 from xar_cli.model.rope import rope_table
 
@@ -39,9 +39,7 @@ class XAR(nn.Module):
         # Made on the CPU even when the module is built on the meta device, so they never need filling in.
         with torch.device("cpu"):
             self.grouping = build_grouping(config.entity, config.grid)
-            self.register_buffer(
-                "rope", rope_table(self.grouping.coordinates, config.model.head_dim), persistent=False
-            )
+            self.register_buffer("rope", rope_table(self.grouping.coordinates, config.model.head_dim), persistent=False)
         self.null_label = config.null_label
         tokens, channels = self.grouping.num_tokens, config.latent_channels
 
@@ -53,9 +51,7 @@ class XAR(nn.Module):
         self.token_norm = RMSNorm(dim)
 
         def stack() -> nn.ModuleList:
-            return nn.ModuleList(
-                Block(dim, heads, config.model.mlp_hidden, config.model.dropout) for _ in range(depth)
-            )
+            return nn.ModuleList(Block(dim, heads, config.model.mlp_hidden, config.model.dropout) for _ in range(depth))
 
         self.encoder = stack()
         self.encoder_norm = RMSNorm(dim)
@@ -84,21 +80,31 @@ class XAR(nn.Module):
         Returns:
             (B, N, C), in the order of x_t.
         """
-        num_entities = t.shape[1]
-        lengths = self.grouping.lengths[first_entity : first_entity + num_entities]
+        lengths = self.grouping.lengths[first_entity : first_entity + t.shape[1]]
         start = self.grouping.span(first_entity).start
         place = slice(start, start + sum(lengths))
         rope = self.rope[:, place]
         condition = F.silu(self.condition(t, labels))  # (B, K, D)
 
-        h = self.token_proj(x_t) + self.pos_encoder[:, place]  # (B, N, D)
-        h = self.token_norm(h)
+        h = self.enter(x_t, place)  # (B, N, D)
         for layer, block in enumerate(self.encoder):
             h = block(h, condition, rope, lengths, cache.layer(layer) if cache else None)
-        h = self.decoder_proj(self.encoder_norm(h)) + self.pos_decoder[:, place]
+        h = self.cross(h, place)
         for layer, block in enumerate(self.decoder, start=len(self.encoder)):
             h = block(h, condition, rope, lengths, cache.layer(layer) if cache else None)
-        return self.velocity_proj(self.decoder_norm(h))  # (B, N, C)
+        return self.leave(h)  # (B, N, C)
+
+    def enter(self, x_t: Tensor, place: slice) -> Tensor:
+        """Noisy tokens (B, N, C) at `place` of the sequence -> the first hidden states (B, N, D)."""
+        return self.token_norm(self.token_proj(x_t) + self.pos_encoder[:, place])
+
+    def cross(self, h: Tensor, place: slice) -> Tensor:
+        """From the encoder stack to the decoder stack, (B, N, D) -> (B, N, D)."""
+        return self.decoder_proj(self.encoder_norm(h)) + self.pos_decoder[:, place]
+
+    def leave(self, h: Tensor) -> Tensor:
+        """Last hidden states (B, N, D) -> velocity (B, N, C)."""
+        return self.velocity_proj(self.decoder_norm(h))
 
     def condition(self, t: Tensor, labels: Tensor) -> Tensor:
         """(B, K) timesteps and (B,) labels -> (B, K, D): class embedding plus time embedding."""
@@ -114,7 +120,11 @@ class XAR(nn.Module):
 
 
 class Block(nn.Module):
-    """Attention and gated MLP, each modulated by the condition of its entity (adaLN)."""
+    """Attention and gated MLP, each modulated by the condition of its entity (adaLN).
+
+    The parts before and after attention are methods of their own: sampling compiles these two and leaves attention,
+    whose context grows from entity to entity, between them.
+    """
 
     def __init__(self, dim: int, heads: int, hidden: int, dropout: float) -> None:
         super().__init__()
@@ -131,11 +141,30 @@ class Block(nn.Module):
         cache: LayerCache | None,
     ) -> Tensor:
         """h (B, N, D), condition (B, K, D) after its SiLU -> (B, N, D)."""
-        gate_attn, gate_mlp, scale_attn, scale_mlp, shift_attn, shift_mlp = self.modulation(condition).chunk(
-            6, dim=-1
-        )
-        update = self.attention(modulate(h, scale_attn, shift_attn, lengths), rope, lengths, cache)
-        h = h + gated(update, gate_attn, lengths)
+        return self.update(h, self.modulation(condition), rope, lengths, cache)
+
+    def update(
+        self, h: Tensor, modulation: Tensor, rope: Tensor, lengths: tuple[int, ...], cache: LayerCache | None
+    ) -> Tensor:
+        """The block with its modulation (B, K, 6 D) at hand: h (B, N, D) -> (B, N, D)."""
+        queries, keys, values = self.before_attention(h, modulation, rope, lengths)
+        if cache is not None:
+            keys, values = cache.extend(keys, values)
+        dropout = self.attention.dropout if self.training else 0.0
+        attended = block_causal_attention(queries, keys, values, lengths, dropout)
+        return self.after_attention(h, attended, modulation, lengths)
+
+    def before_attention(
+        self, h: Tensor, modulation: Tensor, rope: Tensor, lengths: tuple[int, ...]
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Rotated queries, rotated keys and values, (B, H, N, E) each."""
+        _, _, scale, _, shift, _ = modulation.chunk(6, dim=-1)
+        return self.attention.project(modulate(h, scale, shift, lengths), rope)
+
+    def after_attention(self, h: Tensor, attended: Tensor, modulation: Tensor, lengths: tuple[int, ...]) -> Tensor:
+        """The rest of the block; `attended` (B, H, N, E) is what attention gave."""
+        gate_attn, gate_mlp, _, scale_mlp, _, shift_mlp = modulation.chunk(6, dim=-1)
+        h = h + gated(self.attention.finish(attended), gate_attn, lengths)
         update = self.mlp(modulate(h, scale_mlp, shift_mlp, lengths))
         return h + gated(update, gate_mlp, lengths)
 

@@ -44,11 +44,10 @@ class AddressedNoise:
 
     def draw(self, entity: int, length: int, draws: int) -> Tensor:
         """(draws, B, length, C) float32 standard normal noise of one entity; row 0 is its initial noise."""
-        rows = [
-            torch.randn(
-                draws, length, self._channels,
-                generator=torch.Generator().manual_seed(_generator_seed(_NOISE_STREAM, self._seed, index, entity)),
-            )
-            for index in self._indices
-        ]  # fmt: skip
+        rows = [self._draw_image(index, entity, length, draws) for index in self._indices]
         return torch.stack(rows, dim=1).to(self._device)
+
+    def _draw_image(self, index: int, entity: int, length: int, draws: int) -> Tensor:
+        """(draws, length, C); draw after draw, so that the first ones do not depend on how many follow."""
+        generator = torch.Generator().manual_seed(_generator_seed(_NOISE_STREAM, self._seed, index, entity))
+        return torch.stack([torch.randn(length, self._channels, generator=generator) for _ in range(draws)])

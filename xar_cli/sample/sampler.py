@@ -1,20 +1,24 @@
 """Next-X sampling: entity after entity, each integrated from noise to data, then kept as clean context.
 
-Owns the loop over entities, guidance branches and the KV cache (paper, section 3.4). Knows no files.
+Owns the loop over entities and guidance (paper, section 3.4). Knows no files.
 Legend: B images, K entities, N tokens, C channels.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from xar_cli.flow.guidance import guided_velocity
-from xar_cli.flow.solvers import Solver
-from xar_cli.model import XAR, KVCache
+from xar_cli.flow.solvers import SOLVERS, STOCHASTIC
+from xar_cli.model import XAR
+from xar_cli.sample.network import BatchNetwork
+from xar_cli.sample.plan import SamplingPlan
+
+Observer = Callable[[int, float, Tensor], None]
 
 
 class Noise(Protocol):
@@ -24,15 +28,12 @@ class Noise(Protocol):
         """(draws, B, length, C) standard normal noise of one entity; row 0 is its initial noise."""
 
 
+def ignore(entity: int, t: float, x: Tensor) -> None:
+    """An observer that looks away."""
+
+
 @torch.inference_mode()
-def sample_latents(
-    model: XAR,
-    labels: Tensor,
-    noise: Noise,
-    solver: Solver,
-    num_steps: Sequence[int],
-    guidance: Sequence[float],
-) -> Tensor:
+def sample_latents(model: XAR, labels: Tensor, noise: Noise, plan: SamplingPlan, observe: Observer = ignore) -> Tensor:
     """Draw latents for a batch of labels.
 
     Where an entity's guidance scale is exactly 1 its velocity is the conditional one: no null branch is run for it.
@@ -41,62 +42,27 @@ def sample_latents(
         model: the network, in eval mode.
         labels: (B,) class labels.
         noise: of every entity; the SDE takes its step noise from there too.
-        solver: one of `xar_cli.flow.solvers`.
-        num_steps: K numbers, network evaluations of each entity.
-        guidance: K guidance scales.
+        plan: solver, steps and guidance of every entity.
+        observe: is shown (entity, t, x_t (B, N, C)) at every network evaluation, and the result at t = 0.
 
     Returns:
         (B, C, H, W) float32 scaled latents.
     """
-    grouping = model.grouping
-    batch = labels.shape[0]
-    guided = any(scale != 1 for scale in guidance)
-    both_labels = torch.cat([labels, torch.full_like(labels, model.null_label)]) if guided else labels
-    dtype = model.token_proj.weight.dtype
-    cache = model.new_cache(both_labels.shape[0], _compute_dtype(model))
+    network = BatchNetwork(model, labels, plan.guided)
+    solver = SOLVERS[plan.solver]
     entities: list[Tensor] = []
+    for entity, (length, steps) in enumerate(zip(model.grouping.lengths, plan.num_steps, strict=True)):
+        if entity > 0:
+            network.commit(entities[-1], entity - 1)
 
-    for j, (length, steps, scale) in enumerate(zip(grouping.lengths, num_steps, guidance, strict=True)):
-        if j > 0:
-            _commit(model, entities[-1], both_labels, j - 1, cache)
-        row_labels, entity_cache = (both_labels, cache) if scale != 1 else (labels, cache.rows(batch))
-
-        def velocity(
-            x: Tensor,
-            t: float,
-            j: int = j,
-            scale: float = scale,
-            row_labels: Tensor = row_labels,
-            entity_cache: KVCache = entity_cache,
-        ) -> Tensor:
-            x = x.to(dtype)
+        def velocity(x: Tensor, t: float, entity: int = entity) -> Tensor:
+            observe(entity, t, x)
+            scale = plan.scale(entity, t)
             if scale == 1:
-                return model(x, _timestep(t, x), row_labels, j, entity_cache)
-            x = torch.cat([x, x])
-            conditional, unconditional = model(x, _timestep(t, x), row_labels, j, entity_cache).float().chunk(2)
-            return guided_velocity(conditional, unconditional, scale)
+                return network.velocity(x.float(), t, entity)
+            return guided_velocity(*network.both_velocities(x.float(), t, entity), scale)
 
-        drawn = noise.draw(j, length, steps)
-        result = solver(velocity, drawn[0], steps, lambda i, drawn=drawn: drawn[i + 1])  # type: ignore[misc]
-        entities.append(result.to(dtype))
-    return grouping.to_latents(torch.cat(entities, dim=1)).float()
-
-
-def _commit(model: XAR, tokens: Tensor, labels: Tensor, entity: int, cache: KVCache) -> None:
-    """Keep the keys and values of a finished entity: its clean tokens at t = 0, for every guidance branch."""
-    tokens = tokens.repeat(labels.shape[0] // tokens.shape[0], 1, 1)
-    model(tokens, _timestep(0.0, tokens), labels, entity, cache)
-    cache.commit(tokens.shape[1])
-
-
-def _timestep(t: float, rows: Tensor) -> Tensor:
-    """(B, 1) float32 timesteps for the one entity in `rows`."""
-    return torch.full((rows.shape[0], 1), t, dtype=torch.float32, device=rows.device)
-
-
-def _compute_dtype(model: XAR) -> torch.dtype:
-    """The dtype that linear layers give: autocast's where it is on, else the weights'."""
-    device = model.token_proj.weight.device.type
-    if torch.is_autocast_enabled(device):
-        return torch.get_autocast_dtype(device)
-    return model.token_proj.weight.dtype
+        drawn = noise.draw(entity, length, steps if plan.solver in STOCHASTIC else 1)
+        entities.append(solver(velocity, drawn[0], steps, lambda i, drawn=drawn: drawn[i + 1]).float())  # type: ignore[misc]
+        observe(entity, 0.0, entities[-1])
+    return model.grouping.to_latents(torch.cat(entities, dim=1))

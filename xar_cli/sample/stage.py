@@ -15,14 +15,13 @@ from PIL import Image
 from xar_cli.config.schema import Config, Section
 from xar_cli.distributed import Ranks, process_group
 from xar_cli.errors import UserError
-from xar_cli.flow.guidance import linear_guidance
-from xar_cli.flow.solvers import SOLVERS
 from xar_cli.logs import progress
 from xar_cli.model import XAR, build_grouping
 from xar_cli.precision import autocast, set_matmul_precision
 from xar_cli.run_dir import require_writable, write_json
 from xar_cli.sample.images import PngWriter, grid_image, image_path, is_whole
 from xar_cli.sample.noise import AddressedNoise, balanced_label
+from xar_cli.sample.plan import SamplingPlan
 from xar_cli.sample.sampler import sample_latents
 from xar_cli.tokenizer import Codec, load_tokenizer
 from xar_cli.weights import load_weights
@@ -137,15 +136,12 @@ def draw_images(
     device: torch.device,
 ) -> torch.Tensor:
     """Images of the given indices and labels with the recipe's sampling settings: uint8 (B, channels, S, S)."""
-    num_entities = model.grouping.num_entities
     with autocast(config.train.precision, device):
         latents = sample_latents(
             model,
             torch.tensor(labels, device=device),
             AddressedNoise(seed, indices, config.latent_channels, device),
-            SOLVERS[config.sample.solver],
-            [config.sample.num_steps] * num_entities,
-            linear_guidance(config.sample.guidance_scale, num_entities),
+            SamplingPlan.of(config),
         )
     with torch.inference_mode():
         return codec.images(latents)
