@@ -1,7 +1,7 @@
 """`xar fid --run` and `xar fid sweep`: images of a run go straight from the sampler into the feature network.
 
-One of the two places where stages meet inside a process (the other is the quickstart): it hands the sample stage's images to
-the evaluate stage, and owns no step of either.
+One of the two places where stages meet inside a process (the other is the quickstart): it hands the sample stage's
+images to the evaluate stage, and owns no step of either.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from xar_cli.evaluate.protocols import pick_protocols
 from xar_cli.evaluate.reference import open_reference
 from xar_cli.evaluate.report import write_report
 from xar_cli.evaluate.stage import REPORT_BYTES
-from xar_cli.evaluate.sweep import Point, Score, run_sweep
+from xar_cli.evaluate.sweep import Point, Score, Steps, run_sweep
 from xar_cli.precision import set_matmul_precision
 from xar_cli.run_dir import RunDir, require_writable
 from xar_cli.sample.request import build_settings
@@ -67,7 +67,7 @@ class SweepSettings(RunSettings):
     """
 
     guidance_scales: tuple[float, ...] = ()
-    step_counts: tuple[int, ...] = ()
+    step_counts: tuple[Steps, ...] = ()
     out: Path | None = None
 
 
@@ -104,7 +104,7 @@ def sweep_of_run(settings: SweepSettings) -> dict[str, Any]:
         def score(point: Point) -> Score | None:
             values = [f"sample.guidance_scale={point.guidance_scale}", f"sample.num_steps={point.num_steps}"]
             changed = source.sampling.model_copy(update={"config": override(config, values)})
-            images = source.images(changed)
+            images = source.images(changed, keep_features=False)
             found = evaluate(images, settings.reference, protocol, settings=measure, ranks=ranks)
             if not ranks.is_main:
                 return None
@@ -152,7 +152,7 @@ class _Source:
         tokenizer = load_tokenizer(config, settings.tokenizer_weights, ranks.device)
         self.codec, self.weights_sha256 = Codec(tokenizer, config.tokenizer.latent_scale), weights.sha256
 
-    def images(self, sampling: SampleSettings) -> GeneratedImages:
+    def images(self, sampling: SampleSettings, keep_features: bool = True) -> GeneratedImages:
         """The images that `xar sample` would write with these settings, drawn when they are asked for."""
         self.drawn, self.seconds = 0, 0.0
         manifest = make_manifest(sampling, self.weights_sha256)
@@ -172,5 +172,5 @@ class _Source:
         identity = {key: value for key, value in manifest.items() if key not in ("labels", "weights", "class_names")}
         return GeneratedImages(
             f"{sampling.count} images drawn from '{sampling.weights}'", np.array(labels), draw, str(identity),
-            sampling.class_names or None, manifest,
+            sampling.class_names or None, manifest, keep_features,
         )  # fmt: skip

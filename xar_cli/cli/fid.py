@@ -19,6 +19,7 @@ from xar_cli.cli.options import (
     RunOption,
     TokenizerWeightsOption,
 )
+from xar_cli.cli.printing import print_rows
 
 if TYPE_CHECKING:
     from xar_cli.evaluate import Settings
@@ -190,7 +191,8 @@ def sweep(
         str | None, typer.Option("--guidance-scale", metavar="A:B:STEP", help="Range or list: 1.5:3:0.25, or 1,2.")
     ] = None,
     num_steps: Annotated[
-        str | None, typer.Option("--num-steps", metavar="LIST", help="Network evaluations per entity: 20,40.")
+        str | None,
+        typer.Option("--num-steps", metavar="LIST", help="Network evaluations per entity: 20,40 or 40,40:15."),
     ] = None,
     protocol: Annotated[str | None, typer.Option("--protocol", help="One protocol. Default: the recipe's.")] = None,
     count: Annotated[int, typer.Option("--count", min=2, help="Images per point.")] = 10_000,
@@ -210,7 +212,7 @@ def sweep(
     as_json: JsonOption = False,
 ) -> None:
     """Draw and score every combination of settings; points that are done already are kept."""
-    from xar_cli.evaluate.sweep import parse_numbers
+    from xar_cli.evaluate.sweep import parse_numbers, parse_steps
     from xar_cli.launch import LaunchOptions, run
     from xar_cli.score_run import SweepSettings
 
@@ -221,8 +223,8 @@ def sweep(
     settings = SweepSettings(
         run=run_folder, reference=reference, protocols=(protocol,) if protocol else (), count=count, seed=seed,
         tokenizer_weights=tokenizer_weights, measure=measure, device=device, out=out,
-        guidance_scales=parse_numbers(guidance_scale, "--guidance-scale"),
-        step_counts=tuple(int(value) for value in parse_numbers(num_steps, "--num-steps", whole=True)),
+        guidance_scales=parse_numbers(guidance_scale),
+        step_counts=parse_steps(num_steps),
     )  # fmt: skip
     result = run(
         "xar_cli.score_run:sweep_of_run", settings, LaunchOptions(nproc_per_node, nnodes, node_rank, rdzv_endpoint)
@@ -256,9 +258,6 @@ def _cache_folder(given: Path | None, none: bool) -> Path | None:
 
 
 def _print_result(result: Mapping[str, Any]) -> None:
-    from rich.console import Console
-    from rich.table import Table
-
     from xar_cli.evaluate.report import show_number
 
     samples, reference = result["samples"], result["reference"]
@@ -268,10 +267,11 @@ def _print_result(result: Mapping[str, Any]) -> None:
     for side in (samples, reference):
         if side["skipped"]:
             typer.echo(f"left out of {side['name']}: {len(side['skipped'])} that could not be read")
-    table = Table("protocol", "metric", "value", "what else", box=None)
-    for name, protocol in result["protocols"].items():
-        for metric in protocol["metrics"].values():
-            table.add_row(name, metric["name"], show_number(metric["value"], metric["error"]), metric["note"])
-    Console().print(table)
+    rows = [
+        (name, metric["name"], show_number(metric["value"], metric["error"]), metric["note"])
+        for name, protocol in result["protocols"].items()
+        for metric in protocol["metrics"].values()
+    ]
+    print_rows(rows, ("protocol", "metric", "value", "what else"))
     for kind, path in result.get("report", {}).items():
         typer.echo(f"{kind}: {path}")

@@ -1,7 +1,7 @@
 """The evaluation itself: samples against a reference, by named protocols, to numbers that say what they are.
 
-Owns the order of the work (check everything, extract features once per network, compute) and the results. What a metric is
-stands in metrics.py, what a protocol is in protocols.py.
+Owns the order of the work (check everything, extract features once per network, compute) and the results. What a
+metric is stands in metrics.py, what a protocol is in protocols.py.
 """
 
 from __future__ import annotations
@@ -179,8 +179,8 @@ def evaluate(
 ) -> Evaluation:
     """Measure samples against a reference.
 
-    Every rank calls this. Features are computed by all ranks together; the numbers are computed by rank 0 from the table of
-    all of them, so they do not depend on how many ranks there are.
+    Every rank calls this. Features are computed by all ranks together; the numbers are computed by rank 0 from the
+    table of all of them, so they do not depend on how many ranks there are.
 
     Args:
         samples: folder, ADM `.npz`, HDF5 file, or an opened set.
@@ -219,7 +219,8 @@ def evaluate(
         against.gaussian(network, "pool")  # statistics of another network are refused before any work
         _check_sizes(opened, against, network, settings)
         common: dict[str, Any] = {
-            "batch_size": settings.batch_size, "workers": settings.workers, "skip_bad": settings.skip_bad, "cache": cache,
+            "batch_size": settings.batch_size, "workers": settings.workers, "skip_bad": settings.skip_bad,
+            "cache": cache,
         }  # fmt: skip
         tables[name] = extract(opened, network, ranks, indices=rows, content_hash=hashes["samples"], **common)
         if against.images is not None:

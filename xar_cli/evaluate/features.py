@@ -1,7 +1,7 @@
 """From images to tables of features: reading, batching, ranks, and the cache by content hash.
 
-A table lies on disk and is memory-mapped, so memory stays flat however many images there are; with several ranks, each writes
-its own rows of the same files. Legend: N images.
+A table lies on disk and is memory-mapped, so memory stays flat however many images there are; with several ranks,
+each writes its own rows of the same files. Legend: N images.
 """
 
 from __future__ import annotations
@@ -78,8 +78,8 @@ def extract(
         indices: which images, ascending.
         content_hash: of the whole set.
         skip_bad: leave out images that cannot be read, instead of refusing them.
-        cache: folder of tables by content hash; None computes into a temporary folder. With several machines it must be on a disk
-            that all of them see.
+        cache: folder of tables by content hash; None computes into a temporary folder. With several machines it
+            must be on a disk that all of them see.
 
     Raises:
         UserError: an image cannot be read, or sizes differ where the network needs one size.
@@ -88,12 +88,12 @@ def extract(
     key = hashlib.sha256(
         f"{TABLE_VERSION}/{content_hash}/{selection}/{network.identity}/{skip_bad}".encode()
     ).hexdigest()
-    final = None if cache is None else cache / key
+    final = cache / key if cache is not None and images.keep_features else None
     if final is not None and ranks.gather((final / DONE).is_file())[0]:
         log.info(f"features of {images.name} ({network.name}) are in the cache")
         return _open_table(final, network)
     row_bytes = 4 * sum(network.layers.values())
-    holder, partial = _make_folder(cache, key, network, len(indices), row_bytes, ranks)
+    holder, partial = _make_folder(cache, final, network, len(indices), row_bytes, ranks)
     start = time.monotonic()
     try:
         outcome = _extract_rows(images, network, ranks, partial, indices, batch_size, workers, skip_bad)
@@ -251,18 +251,19 @@ class _SizeCheck:
 
 
 def _make_folder(
-    cache: Path | None, key: str, network: FeatureNetwork, count: int, row_bytes: int, ranks: Ranks
+    cache: Path | None, final: Path | None, network: FeatureNetwork, count: int, row_bytes: int, ranks: Ranks
 ) -> tuple[Any, Path]:
-    """A folder with empty tables, made by rank 0; its path on every rank."""
+    """A folder with empty tables, made by rank 0; its path on every rank. Without `final` it goes with its holder."""
     holder, path, error = None, None, None
     if ranks.is_main:
         try:
-            if cache is None:
-                holder = tempfile.TemporaryDirectory(prefix="xar-features-")
+            if cache is not None:
+                cache.mkdir(parents=True, exist_ok=True)
+            if final is None:
+                holder = tempfile.TemporaryDirectory(prefix=".features-", dir=cache)
                 path = Path(holder.name)
             else:
-                cache.mkdir(parents=True, exist_ok=True)
-                path = Path(tempfile.mkdtemp(prefix=f".{key[:16]}.", dir=cache))
+                path = Path(tempfile.mkdtemp(prefix=f".{final.name[:16]}.", dir=cache))
             require_writable(path, count * row_bytes + (1 << 20), "the features")
             for layer, width in network.layers.items():
                 np.lib.format.open_memmap(path / f"{layer}.npy", "w+", np.float32, (count, width)).flush()

@@ -65,9 +65,9 @@ class Gaussian:
 class Moments:
     """Streaming count, mean and scatter of features in float64; memory does not grow with the count.
 
-    The first D rows are kept as they are, since so few span their covariance exactly and need no D x D matrix; from then on
-    batches are merged by the update of Chan, Golub and LeVeque (1979), which keeps its digits where the mean is large
-    against the spread.
+    The first D rows are kept as they are, since so few span their covariance exactly and need no D x D matrix; from
+    then on batches are merged by the update of Chan, Golub and LeVeque (1979), which keeps its digits where the
+    mean is large against the spread.
     """
 
     def __init__(self, dimensions: int) -> None:
@@ -154,9 +154,10 @@ def frechet_distance(first: Gaussian, second: Gaussian) -> float:
 def trace_of_root(first: Gaussian, second: Gaussian) -> float:
     """tr (sigma1 sigma2)^(1/2), real and stable for singular covariances, with no diagonal added.
 
-    With sigma_i = A_i A_i' it is the sum of the singular values of A1' A2, and of the square roots of the eigenvalues of
-    A1' sigma2 A1. The second way is several times faster for large matrices; the square root magnifies rounding in small
-    eigenvalues, so its error is bounded from the eigenvalues found, and where that is too large the first way is taken.
+    With sigma_i = A_i A_i' it is the sum of the singular values of A1' A2, and of the square roots of the
+    eigenvalues of A1' sigma2 A1. The second way is several times faster for large matrices; the square root
+    magnifies rounding in small eigenvalues, so its error is bounded from the eigenvalues found, and where that is
+    too large the first way is taken.
     """
     if first.has_root and second.has_root:
         return _sum_of_singular_values(first, second)

@@ -36,6 +36,7 @@ class ImageSet(ABC):
         class_names: name of each class, or None.
         manifest: what `xar sample` wrote beside the images; None for real images.
         generated: whether they come out of a model while they are read.
+        keep_features: whether their features are worth keeping.
     """
 
     name: str
@@ -43,6 +44,7 @@ class ImageSet(ABC):
     class_names: Sequence[str] | None = None
     manifest: Mapping[str, Any] | None = None
     generated = False
+    keep_features = True
 
     @abstractmethod
     def __len__(self) -> int:
@@ -193,6 +195,7 @@ class GeneratedImages(ImageSet):
         identity: what the images depend on: weights, seed, settings.
         class_names: name of each class, or None.
         manifest: what a sample folder would say of them.
+        keep_features: whether their features may stay in the cache; a sweep's would fill it.
     """
 
     generated = True
@@ -205,7 +208,9 @@ class GeneratedImages(ImageSet):
         identity: str,
         class_names: Sequence[str] | None = None,
         manifest: Mapping[str, Any] | None = None,
+        keep_features: bool = True,
     ) -> None:
+        self.keep_features = keep_features
         self.name, self.draw, self.identity = name, draw, identity
         self.labels = np.asarray(labels, np.int64)
         self.class_names, self.manifest = class_names, manifest

@@ -1,15 +1,14 @@
 """The two Inception networks of the field, each with the resize that belongs to it.
 
-Owns: 8-bit images in, features out, as torch-fidelity and clean-fid compute them. The blocks of the first network come from
-torch-fidelity; its forward pass is our own, because sFID needs values from its middle, and because folded batch norms and
-channels_last are faster at equal numbers. Where weights are found is weights.py.
+Owns: 8-bit images in, features out, as torch-fidelity and clean-fid compute them. The blocks of the first network
+come from torch-fidelity; its forward pass is our own, because sFID needs values from its middle, and because folded
+batch norms and channels_last are faster at equal numbers. Where weights are found is weights.py.
 Legend: B images, C channels.
 """
 
 from __future__ import annotations
 
 import numpy as np
-import torch
 from PIL import Image
 from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
@@ -88,7 +87,7 @@ def resize_like_tensorflow(images: Tensor) -> Tensor:
 
 
 def resize_like_clean_fid(image: np.ndarray) -> np.ndarray:
-    """(H, W, 3) uint8 to (299, 299, 3) float32 in [0, 255]: Pillow's antialiased bicubic in float, each channel alone."""
+    """(H, W, 3) uint8 to (299, 299, 3) float32 in [0, 255]: Pillow's antialiased bicubic, in float."""
     planes = [
         Image.fromarray(image[:, :, channel].astype(np.float32)).resize(
             (INPUT_SIZE, INPUT_SIZE), Image.Resampling.BICUBIC

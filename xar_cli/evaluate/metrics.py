@@ -1,7 +1,7 @@
 """The metrics as functions of features: Inception Score, KID, precision and recall, errors, FID-infinity.
 
-Each follows its source to the letter where that source's number is to be reproduced. Nothing here reads images or files;
-features may be memory-mapped, and only a part of them is in memory at a time.
+Each follows its source to the letter where that source's number is to be reproduced. Nothing here reads images or
+files; features may be memory-mapped, and only a part of them is in memory at a time.
 Legend: N samples, D dimensions, S splits.
 """
 
@@ -125,7 +125,7 @@ def _moments_of_rows(features: np.ndarray, rows: np.ndarray) -> Moments:
 def _ranks_in_class(
     total: int, labels: np.ndarray | None, rng: np.random.Generator, spread: bool = False
 ) -> np.ndarray:
-    """(N,) random place of each row among the rows of its class, from 0; `spread` starts each class at a random number."""
+    """(N,) random place of each row among the rows of its class, from 0, or from anywhere."""
     ranks = np.empty(total, np.int64)
     for label in [0] if labels is None else np.unique(labels):
         rows = np.arange(total) if labels is None else np.flatnonzero(labels == label)

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import numpy as np
 import torch
@@ -38,7 +38,7 @@ class FeatureNetwork:
 
     name: str
     resize: str
-    layers: Mapping[str, int]
+    layers: ClassVar[Mapping[str, int]]
     input_size: tuple[int, int] | None = None
     mixes_sizes = False
 
@@ -72,7 +72,7 @@ class DigitNetwork(FeatureNetwork):
     """The digit classifier; always in float32, since nothing is gained otherwise."""
 
     name, resize = DIGITS, "none (8 x 8)"
-    layers = {"pool": digits.FEATURES, "logits": digits.NUM_CLASSES}
+    layers: ClassVar[Mapping[str, int]] = {"pool": digits.FEATURES, "logits": digits.NUM_CLASSES}
     input_size = (digits.IMAGE_SIZE, digits.IMAGE_SIZE)
 
     def __init__(self, device: torch.device) -> None:
@@ -88,7 +88,11 @@ class TorchFidelityInception(FeatureNetwork):
     """torch-fidelity's Inception behind TensorFlow 1's bilinear resize."""
 
     name, resize = INCEPTION, "299 x 299, bilinear as TensorFlow 1"
-    layers = {"pool": inception.POOL_FEATURES, "logits": inception.LOGITS, "spatial": inception.SPATIAL_FEATURES}
+    layers: ClassVar[Mapping[str, int]] = {
+        "pool": inception.POOL_FEATURES,
+        "logits": inception.LOGITS,
+        "spatial": inception.SPATIAL_FEATURES,
+    }
 
     def __init__(self, weights: Weights, device: torch.device, precision: Precision, compiled: bool) -> None:
         super().__init__(weights.sha256, weights.published, device, precision)
@@ -110,7 +114,7 @@ class CleanFidInception(FeatureNetwork):
     """clean-fid's Inception, a TorchScript archive, behind its antialiased resize."""
 
     name, resize = INCEPTION_CLEAN, "299 x 299, bicubic, antialiased, as clean-fid"
-    layers = {"pool": inception.POOL_FEATURES}
+    layers: ClassVar[Mapping[str, int]] = {"pool": inception.POOL_FEATURES}
     mixes_sizes = True
 
     def __init__(self, weights: Weights, device: torch.device, precision: Precision) -> None:
@@ -135,7 +139,7 @@ class TorchFidelityVGG16(FeatureNetwork):
     """torch-fidelity's default network for precision and recall."""
 
     name, resize = VGG16, "224 x 224, bilinear as TensorFlow 1"
-    layers = {"pool": 4096}
+    layers: ClassVar[Mapping[str, int]] = {"pool": 4096}
 
     def __init__(self, weights: Weights, device: torch.device) -> None:
         super().__init__(weights.sha256, weights.published, device, "fp32")

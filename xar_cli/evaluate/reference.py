@@ -71,7 +71,7 @@ class Reference:
         if self.images is None and layer == "pool":
             raise UserError(
                 f"'{self.name}' holds statistics of the network '{self.network}', not of '{network.name}'.",
-                "A number of one protocol never goes with statistics of another: give a folder of images, or statistics "
+                "Numbers of one protocol do not go with statistics of another: give a folder of images, or statistics "
                 "made with the same --protocol.",
             )
         return None
@@ -90,7 +90,8 @@ def open_reference(source: Path | ImageSet, image_size: int | None = None) -> Re
     """Open a folder of images, an ADM batch, or a statistics file.
 
     Raises:
-        UserError: none of these; samples given as reference; statistics that are not finite, not square, or not symmetric.
+        UserError: none of these; samples given as reference; statistics that are not finite, not square, or not
+            symmetric.
     """
     if isinstance(source, Path) and source.suffix == ".npz" and source.is_file():
         return _open_npz(source)

@@ -21,6 +21,8 @@ from xar_cli.evaluate import html, metrics
 from xar_cli.evaluate.evaluation import Evaluation, Metric, Settings
 from xar_cli.evaluate.images import ImageSet, open_images
 from xar_cli.evaluate.protocols import PAPER_COUNT
+from xar_cli.flow.guidance import guidance_scales
+from xar_cli.model import build_grouping
 from xar_cli.run_dir import write_atomic, write_json
 
 REPORT_FORMAT, REPORT_VERSION = "xar-report", 1
@@ -103,14 +105,14 @@ def differences(evaluation: Evaluation) -> list[str]:
     found = []
     if evaluation.samples.count != PAPER_COUNT:
         found.append(
-            f"Count: {evaluation.samples.count} samples here, {PAPER_COUNT} in papers. The Frechet distance of fewer samples "
-            "is biased upward."
+            f"Count: {evaluation.samples.count} samples here, {PAPER_COUNT} in papers. The Frechet distance of fewer "
+            "samples is biased upward."
         )
     if "adm" not in evaluation.results:
         found.append("Protocol: papers use ADM's suite; this is " + " and ".join(evaluation.results) + ".")
     found.append(
-        f"Reference: '{evaluation.reference.name}' (sha256 {evaluation.reference.sha256[:12]}...). Papers use the ImageNet "
-        "training statistics of ADM."
+        f"Reference: '{evaluation.reference.name}' (sha256 {evaluation.reference.sha256[:12]}...). Papers use ADM's "
+        "statistics of the ImageNet training set."
     )
     for result in evaluation.results.values():
         if not result.published_weights:
@@ -121,20 +123,17 @@ def differences(evaluation: Evaluation) -> list[str]:
 
 
 def network_evaluations(manifest: Mapping[str, Any]) -> dict[str, int]:
-    """How often the network ran for one image: steps x entities, doubled by guidance except in the first entity."""
-    if "config" not in manifest or "num_steps" not in manifest:
+    """How often the network ran for one image: each entity's steps, and again for the null class where it is guided."""
+    if "config" not in manifest:
         return {}
-    from xar_cli.model import build_grouping
-
     config = Config.model_validate(manifest["config"])
     entities = build_grouping(config.entity, config.grid).num_entities
-    steps = manifest["num_steps"]
-    per_entity = list(steps) if isinstance(steps, list) else [int(steps)] * entities
-    conditional = sum(per_entity)
-    guided = manifest.get("guidance_scale", 1) != 1
-    unguided_first = entities > 1
-    null = (conditional - (per_entity[0] if unguided_first else 0)) if guided else 0
-    return {"entities": entities, "conditional": conditional, "null": null, "total_per_image": conditional + null}
+    steps = config.sample.entity_steps(entities)
+    scales = guidance_scales(config.sample.guidance_schedule, config.sample.guidance_scale, entities)
+    null = sum(count for count, scale in zip(steps, scales, strict=True) if scale != 1)
+    # Outside the guidance interval the null class is not run: then this counts a few too many.
+    key = "null" if config.sample.guidance_interval == (0.0, 1.0) else "null_at_most"
+    return {"entities": entities, "conditional": sum(steps), key: null, "total_per_image": sum(steps) + null}
 
 
 def machine() -> dict[str, Any]:

@@ -21,6 +21,7 @@ from xar_cli.run_dir import write_atomic, write_json
 POINTS_FILE = "points.jsonl"
 IDENTITY_FILE = "sweep.json"
 MAX_POINTS = 1000
+Steps = int | str  # evaluations per entity: a number, or first and last of a schedule, '40:15'
 
 
 @dataclass(frozen=True)
@@ -28,7 +29,7 @@ class Point:
     """One combination of settings."""
 
     guidance_scale: float
-    num_steps: int
+    num_steps: Steps
 
     def __str__(self) -> str:
         return f"guidance {self.guidance_scale:g}, {self.num_steps} steps"
@@ -53,38 +54,46 @@ class Score:
     metrics: Mapping[str, float | None]
 
 
-def parse_numbers(text: str | None, option: str, whole: bool = False) -> tuple[float, ...]:
-    """`1.5:3:0.25` (both ends included) or `20,40` as numbers; nothing given is no number.
+def parse_numbers(text: str | None) -> tuple[float, ...]:
+    """Guidance scales: `1.5:3:0.25` (both ends included) or `1.5,2`; nothing given is no number.
 
     Raises:
         UserError: it is neither, or makes too many points.
     """
     if text is None:
         return ()
-    wrong = UserError(f"'{option} {text}' is neither START:STOP:STEP nor a list.", "For example 1.5:3:0.25, or 20,40.")
+    wrong = UserError(
+        f"'--guidance-scale {text}' is neither START:STOP:STEP nor a list.", "For example 1.5:3:0.25, or 1.5,2."
+    )
     try:
-        if ":" in text:
-            start, stop, step = (float(part) for part in text.split(":"))
-            if step <= 0 or stop < start or (stop - start) / step > MAX_POINTS:
-                raise wrong
-            count = int((stop - start) / step + 1e-9) + 1
-            numbers = tuple(round(start + index * step, 10) for index in range(count))
-        else:
-            numbers = tuple(float(part) for part in text.split(","))
+        if ":" not in text:
+            return tuple(dict.fromkeys(float(part) for part in text.split(",")))
+        start, stop, step = (float(part) for part in text.split(":"))
     except ValueError:
         raise wrong from None
-    if whole and any(number != int(number) or number < 1 for number in numbers):
-        raise UserError(
-            f"'{option} {text}' holds numbers that are no counts.", "Give whole numbers, for example 20,40."
-        )
-    return tuple(dict.fromkeys(numbers))
+    if step <= 0 or stop < start or (stop - start) / step > MAX_POINTS:
+        raise wrong
+    return tuple(round(start + index * step, 10) for index in range(int((stop - start) / step + 1e-9) + 1))
+
+
+def parse_steps(text: str | None) -> tuple[Steps, ...]:
+    """Step counts: `20,40`, or schedules over the entities as the recipe takes them, `40:15`; nothing given is none.
+
+    Raises:
+        UserError: a part is neither.
+    """
+    parts = [part.strip() for part in text.split(",")] if text else []
+    for part in parts:
+        if not all(number.isdigit() and int(number) > 0 for number in part.split(":")):
+            raise UserError(f"'--num-steps {text}' is no list of step counts.", "For example 20,40 or 40,40:15.")
+    return tuple(dict.fromkeys(int(part) if part.isdigit() else part for part in parts))
 
 
 def run_sweep(
     out: Path,
     identity: Mapping[str, Any],
     guidance_scales: Sequence[float],
-    step_counts: Sequence[int],
+    step_counts: Sequence[Steps],
     score: Callable[[Point], Score | None],
     is_main: bool = True,
 ) -> dict[str, Any]:
@@ -142,14 +151,11 @@ def summary(out: Path, scores: Sequence[Score]) -> dict[str, Any]:
 
 def read_scores(out: Path) -> list[Score]:
     """All points of a sweep folder that are done."""
-    return [
-        Score(**{**record, "point": Point(**record["point"])})
-        for record in read_metrics(out / POINTS_FILE)
-    ]
+    return [Score(**{**record, "point": Point(**record["point"])}) for record in read_metrics(out / POINTS_FILE)]
 
 
 def table(scores: Sequence[Score], best: Score) -> str:
-    """A Markdown table of the points, and a sentence that names the best and those its error bar does not tell apart."""
+    """A Markdown table of the points, the best, and those that its error bar does not tell from it."""
     lines = [f"| guidance | steps | {best.metric} | images/s |", "|---|---|---|---|"]
     lines += [
         f"| {found.point.guidance_scale:g} | {found.point.num_steps} | {show_number(found.value, found.error)} "
@@ -178,7 +184,7 @@ def plot(scores: Sequence[Score], best: Score) -> bytes:
 
     figure = Figure(figsize=(10, 4), layout="constrained")
     left, right = figure.subplots(1, 2)
-    for steps in sorted({found.point.num_steps for found in scores}):
+    for steps in dict.fromkeys(found.point.num_steps for found in scores):
         line = sorted(
             (found for found in scores if found.point.num_steps == steps), key=lambda f: f.point.guidance_scale
         )

@@ -1,7 +1,8 @@
 """Where the weights of the feature networks are found, and that they are what they should be.
 
-A file is looked for where a person says, then in torch.hub's folder (which torch-fidelity uses too), and fetched only when a
-person asks for it. A published file is used only if its sha256 is right. /tmp, where clean-fid looks, is never looked at.
+A file is looked for where a person says, then in torch.hub's folder (which torch-fidelity uses too), and fetched
+only when a person asks for it. A published file is used only if its sha256 is right. /tmp, where clean-fid looks,
+is never looked at.
 """
 
 from __future__ import annotations
@@ -27,8 +28,8 @@ class PublishedWeights:
     Attributes:
         filename: its name, in torch.hub's folder too.
         url: where the library itself fetches it.
-        sha256: of the whole file. (torch-fidelity and torchvision put its first eight digits into the name; clean-fid publishes
-            none, this is the one that projects using the file have recorded.)
+        sha256: of the whole file. (torch-fidelity and torchvision put its first eight digits into the name;
+            clean-fid publishes none, this is the one that projects using the file have recorded.)
         size: bytes.
         torchscript: whether it is a TorchScript archive, not a state dict.
         option: the command-line option that names such a file.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import ClassVar
 
 import numpy as np
 import pytest
@@ -96,7 +97,7 @@ class FakeInception(FeatureNetwork):
     """Stands in for Inception where its cost is not the point: mean colours, patches and brightness as features."""
 
     name, resize = INCEPTION, "none"
-    layers = {"pool": 12, "logits": 5, "spatial": 6}  # noqa: RUF012
+    layers: ClassVar[dict[str, int]] = {"pool": 12, "logits": 5, "spatial": 6}
 
     def __init__(self, name: str = INCEPTION, mixes_sizes: bool = False, sha256: str = "fake") -> None:
         super().__init__(sha256, False, torch.device("cpu"), "fp32")

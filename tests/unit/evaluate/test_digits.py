@@ -57,7 +57,7 @@ def test_floor_is_small_and_noise_is_far_away() -> None:
 
 
 def test_equals_torch_fidelitys_own_command(tmp_path) -> None:
-    """FID, IS, KID, precision and recall of its `calculate_metrics` with the registered extractor, on the same files."""
+    """FID, IS, KID, precision and recall of its `calculate_metrics` with the registered extractor, same files."""
     train, heldout = split_digits()
     noisy = (heldout.images[:60] * 0.8 + np.random.default_rng(0).integers(0, 50, (60, 8, 8))).astype(np.uint8)
     for folder, images in (("a", noisy), ("b", train.images[:90])):

@@ -152,7 +152,7 @@ def test_mixed_sizes_are_refused_unless_cropped(folders) -> None:
 
 def test_a_reference_of_another_resolution_is_refused(folders, tmp_path) -> None:
     other = write_folder(tmp_path / "other", make_images(8, size=64))
-    with pytest.raises(UserError, match="32 x 32 pixels and the reference .* 64 x 64"):
+    with pytest.raises(UserError, match=r"32 x 32 pixels and the reference .* 64 x 64"):
         evaluate(folders[0], other, "adm", settings=QUICK)
     make_statistics(other, tmp_path / "other.npz", "adm", settings=QUICK)
     with pytest.raises(UserError, match="64 x 64"):

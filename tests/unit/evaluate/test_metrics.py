@@ -1,4 +1,4 @@
-"""IS, KID, precision and recall against the libraries' own functions; error bars and FID-infinity against known truth."""
+"""IS, KID, precision and recall against the libraries' own functions; error bars and FID-infinity against truth."""
 
 from __future__ import annotations
 

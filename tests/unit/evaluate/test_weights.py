@@ -11,8 +11,8 @@ import torch
 
 from xar_cli.errors import UserError
 from xar_cli.evaluate import weights as module
-from xar_cli.evaluate.stage import doctor
 from xar_cli.evaluate.evaluation import Settings
+from xar_cli.evaluate.stage import doctor
 from xar_cli.evaluate.weights import PUBLISHED, find_weights, is_torchscript
 
 CONTENT = b"weights, or so they say"
@@ -20,7 +20,7 @@ CONTENT = b"weights, or so they say"
 
 @pytest.fixture
 def hub(tmp_path, monkeypatch) -> Path:
-    """An empty torch.hub folder, and published files whose content is known and which lie in a folder, not on the net."""
+    """An empty torch.hub folder, and published files of known content that lie in a folder, not on the net."""
     monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path / "hub"))
     source = tmp_path / "server" / "file"
     source.parent.mkdir()

@@ -1,0 +1,194 @@
+"""`xar fid` as a person runs it, on digits: one process, two, straight from a run, a sweep."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from xar_cli.cli.app import main
+from xar_cli.data.digits import write_digits
+
+SMALL = ["--set", "model.dim=32", "--set", "model.depth=1", "--set", "model.heads=2"]
+SHORT = ["--set", "train.global_batch_size=100", "--set", "train.epochs=0.2", "--set", "train.checkpoint_every=3"]
+
+
+def xar(capsys, *arguments: object) -> tuple[int, str, str]:
+    """Exit code, stdout and stderr of a command run in this process."""
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as caught:
+        main([str(argument) for argument in arguments])
+    assert isinstance(caught.value.code, int)
+    return (caught.value.code, *capsys.readouterr())
+
+
+@pytest.fixture(scope="module")
+def digits(tmp_path_factory) -> tuple[Path, Path]:
+    return write_digits(tmp_path_factory.mktemp("digits"))
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory, digits) -> Path:
+    """A run that was trained for three steps."""
+    root = tmp_path_factory.mktemp("run")
+    for command in (
+        ["cache-latents", "--images", digits[1], "--out", root / "latents.h5", "--recipe", "tiny", *SMALL],
+        ["train", "--recipe", "tiny", "--data", root / "latents.h5", "--out", root / "run", *SMALL, *SHORT],
+    ):
+        with pytest.raises(SystemExit) as caught:
+            main([str(argument) for argument in command])
+        assert caught.value.code == 0
+    return root / "run"
+
+
+def test_json_report_and_second_time_from_the_cache(capsys, digits, tmp_path) -> None:
+    command = [
+        "fid", "--samples", digits[1], "--reference", digits[0], "--protocol", "digits",
+        "--report", tmp_path / "report", "--feature-cache", tmp_path / "cache", "--json",
+    ]  # fmt: skip
+    code, out, err = xar(capsys, *command)
+    assert code == 0, err
+    result = json.loads(out)
+    metrics = result["protocols"]["digits"]["metrics"]
+    assert metrics["fid"]["value"] == pytest.approx(0.7746, abs=0.01)
+    assert metrics["class_accuracy"]["value"] >= 0.98
+    for kind in ("json", "md", "html"):
+        assert Path(result["report"][kind]).stat().st_size > 1000
+    code, out, err = xar(capsys, *command)
+    assert json.loads(out)["protocols"] == result["protocols"]
+    assert "in the cache" in err
+
+
+def test_table_names_protocol_and_count(capsys, digits) -> None:
+    code, out, _ = xar(
+        capsys, "fid", "--samples", digits[1], "--reference", digits[0], "--protocol", "digits", "--no-feature-cache",
+        "--error-bars", "none",
+    )  # fmt: skip
+    assert code == 0
+    assert "Frechet distance (297 images)" in out
+    assert "digits" in out
+
+
+def test_stats_then_fid(capsys, digits, tmp_path) -> None:
+    code, out, err = xar(
+        capsys,
+        "fid",
+        "stats",
+        digits[0],
+        "-o",
+        tmp_path / "ref.npz",
+        "--protocol",
+        "digits",
+        "--no-feature-cache",
+        "--json",
+    )
+    assert code == 0, err
+    assert json.loads(out)["count"] == 1500
+    code, out, _ = xar(
+        capsys, "fid", "--samples", digits[1], "--reference", tmp_path / "ref.npz", "--protocol", "digits", "--json",
+        "--no-feature-cache",
+    )  # fmt: skip
+    assert code == 0
+    assert json.loads(out)["protocols"]["digits"]["metrics"]["fid"]["value"] == pytest.approx(0.7746, abs=0.01)
+
+
+def test_doctor(capsys) -> None:
+    code, out, _ = xar(capsys, "fid", "doctor", "--json")
+    assert code == 0
+    assert json.loads(out)["digits"]["runs"] is True
+    code, out, _ = xar(capsys, "fid", "doctor")
+    assert "digits: can run." in out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--reference", "x"], "One set of samples"),
+        (["--samples", "x", "--run", "y", "--reference", "z"], "One set of samples"),
+        (["--samples", "x"], "--reference is missing"),
+        (["--samples", "absent", "--reference", "absent", "--protocol", "digits"], "nothing at"),
+        (["--samples", "x", "--reference", "y", "--precision", "fp8"], "--precision"),
+        (["--samples", "x", "--reference", "y", "--protocol", "dgits"], "no protocol 'dgits'"),
+    ],
+)
+def test_bad_input_is_a_sentence_and_code_2(capsys, tmp_path, monkeypatch, arguments, message: str) -> None:
+    monkeypatch.chdir(tmp_path)
+    code, out, err = xar(capsys, "fid", *arguments)
+    assert (code, out) == (2, "")
+    assert message in err
+    assert "\n  next: " in err
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_images_of_a_run_are_judged_without_writing_them(capsys, run, digits, tmp_path) -> None:
+    before = sorted(run.rglob("*"))
+    common = ["--reference", digits[0], "--no-feature-cache", "--error-bars", "none", "--json"]
+    code, out, err = xar(capsys, "fid", "--run", run, "--count", 30, "--report", tmp_path / "report", *common)
+    assert code == 0, err
+    direct = json.loads(out)
+    assert sorted(run.rglob("*")) == before
+    assert direct["samples"]["count"] == 30
+    assert list(direct["protocols"]) == ["digits"]  # the recipe's
+    assert json.loads((tmp_path / "report" / "report.json").read_text())["sampling"]["recipe"] == "tiny"
+    # The same images by way of files.
+    assert xar(capsys, "sample", "--run", run, "--count", 30, "--out", tmp_path / "samples")[0] == 0
+    code, out, err = xar(capsys, "fid", "--samples", tmp_path / "samples", "--protocol", "digits", *common)
+    assert code == 0, err
+    for key, metric in json.loads(out)["protocols"]["digits"]["metrics"].items():
+        assert metric["value"] == pytest.approx(direct["protocols"]["digits"]["metrics"][key]["value"], rel=1e-3), key
+
+
+def test_sweep_scores_draws_and_resumes(capsys, run, digits, tmp_path) -> None:
+    command = [
+        "fid", "sweep", "--run", run, "--reference", digits[0], "--guidance-scale", "1:2:1", "--num-steps", "2",
+        "--count", 20, "--out", tmp_path / "sweep", "--no-feature-cache", "--json",
+    ]  # fmt: skip
+    code, out, err = xar(capsys, *command)
+    assert code == 0, err
+    result = json.loads(out)
+    assert [point["point"]["guidance_scale"] for point in result["points"]] == [1.0, 2.0]
+    assert all(point["images_per_second"] > 0 and point["error"] > 0 for point in result["points"])
+    assert Path(result["plot"]).is_file()
+    code, out, err = xar(capsys, *command)
+    assert json.loads(out) == result
+    assert "2 of 2 points are done" in err
+
+
+@pytest.mark.slow
+def test_two_ranks_give_the_number_of_one(run, digits, tmp_path) -> None:
+    def judge(ranks: int, *arguments: object) -> dict:
+        command = [
+            sys.executable, "-m", "xar_cli", "fid", "--reference", digits[0], "--protocol", "digits",
+            "--no-feature-cache", "--device", "cpu", "--nproc-per-node", ranks, "--batch-size", 16, "--json",
+            *arguments,
+        ]  # fmt: skip
+        done = subprocess.run([str(part) for part in command], capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stderr
+        assert len(done.stdout.splitlines()) == 1
+        return json.loads(done.stdout)["protocols"]["digits"]["metrics"]
+
+    for source in (("--samples", digits[1]), ("--run", run, "--count", 25)):
+        one, two = judge(1, *source), judge(2, *source)
+        assert one.keys() == two.keys()
+        for key in one:
+            assert two[key]["value"] == pytest.approx(one[key]["value"], rel=1e-6), (source, key)
+
+
+@pytest.mark.slow
+def test_a_bad_image_on_one_of_two_ranks_ends_both_with_its_name(digits, tmp_path) -> None:
+    import shutil
+
+    samples = Path(shutil.copytree(digits[1], tmp_path / "samples"))
+    last = sorted(samples.rglob("*.png"))[-1]
+    last.write_bytes(b"\x89PNG not really")
+    done = subprocess.run(
+        [sys.executable, "-m", "xar_cli", "fid", "--samples", str(samples), "--reference", str(digits[0]), "--protocol",
+         "digits", "--no-feature-cache", "--device", "cpu", "--nproc-per-node", "2"],
+        capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 2
+    assert last.name in done.stderr
+    assert "Traceback" not in done.stderr

@@ -1,0 +1,176 @@
+"""The report: what it says, and that a real browser shows it without asking anybody for anything."""
+
+from __future__ import annotations
+
+import base64
+import io
+import json
+import re
+import shutil
+import subprocess
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from xar_cli.config import load_recipe
+from xar_cli.data.digits import split_digits
+from xar_cli.evaluate import Settings, evaluate
+from xar_cli.evaluate.html import sheet
+from xar_cli.evaluate.report import differences, network_evaluations, published_figures, show_number, write_report
+
+CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome", "chrome"))), None)
+COUNT = 40
+FIGURES = len(set(split_digits()[1].labels[:COUNT])) + 8  # one a class, eight samples with their neighbours
+
+# Run inside the page: which images decoded, what was asked of the network, whether anything sticks out on a phone.
+PROBE = """<script>
+window.addEventListener("load", () => {
+  const images = [...document.images];
+  const found = {
+    images: images.length,
+    decoded: images.filter((image) => image.complete && image.naturalWidth > 0).length,
+    requests: performance.getEntriesByType("resource").map((entry) => entry.name).filter((n) => !n.startsWith("data:")),
+    page: document.documentElement.scrollWidth, window: window.innerWidth,
+    dark: getComputedStyle(document.body).backgroundColor,
+  };
+  document.body.setAttribute("data-found", JSON.stringify(found));
+});
+</script>"""
+
+
+@pytest.fixture(scope="module")
+def report(tmp_path_factory, digit_folders) -> dict[str, Path]:
+    """A report of 40 digits that a manifest calls samples of the tiny recipe, with a name that must be escaped."""
+    folder = tmp_path_factory.mktemp("report")
+    _, heldout = split_digits()
+    (folder / "samples").mkdir()
+    for index, image in enumerate(heldout.images[:COUNT]):
+        Image.fromarray(image).save(folder / "samples" / f"{index:06d}.png")
+    config = load_recipe("tiny")
+    names = ["<b>nought</b> & co", *map(str, range(1, 10))]
+    manifest = {
+        "format": "xar-samples", "version": 1, "recipe": "tiny", "weights": "runs/tiny", "weights_sha256": "ab" * 32,
+        "seed": 0, "solver": "euler", "num_steps": 20, "guidance_scale": 2.5, "image_size": 8, "count": COUNT,
+        "class_names": names, "labels": heldout.labels[:COUNT].tolist(), "config": config.model_dump(mode="json"),
+    }  # fmt: skip
+    (folder / "samples" / "manifest.json").write_text(json.dumps(manifest))
+    settings = Settings()
+    found = evaluate(folder / "samples", digit_folders[0], "digits", settings=settings)
+    return write_report(folder / "out", found, folder / "samples", digit_folders[0], settings)
+
+
+def test_json_says_everything(report) -> None:
+    content = json.loads(report["json"].read_text())
+    assert (content["format"], content["version"]) == ("xar-report", 1)
+    assert {
+        "samples",
+        "reference",
+        "protocols",
+        "published",
+        "differences",
+        "sampling",
+        "cost",
+        "settings",
+        "machine",
+    } <= set(content)
+    metric = content["protocols"]["digits"]["metrics"]["fid"]
+    assert metric["name"] == "Frechet distance (40 images)"
+    assert metric["error"] > 0
+    assert content["sampling"]["weights_sha256"] == "ab" * 32
+    assert content["machine"]["torch"]
+    # 4 cells, 20 steps each; guidance doubles all but the first entity.
+    assert content["cost"] == {"entities": 4, "conditional": 80, "null": 60, "total_per_image": 140}
+
+
+def test_markdown_has_a_row_for_each_metric(report) -> None:
+    text = report["md"].read_text()
+    content = json.loads(report["json"].read_text())
+    for metric in content["protocols"]["digits"]["metrics"].values():
+        assert f"| {metric['name']} |" in text
+    for difference in content["differences"]:
+        assert difference in text
+
+
+def test_html_is_one_file_with_the_same_numbers(report) -> None:
+    page = report["html"].read_text()
+    content = json.loads(report["json"].read_text())
+    for metric in content["protocols"]["digits"]["metrics"].values():
+        assert show_number(metric["value"], metric["error"]) in page
+    for address in re.findall(r'(?:src|href)="([^"]*)"', page):
+        assert address.startswith("data:")
+    assert "<script" not in page
+    assert "http://" not in page
+    assert "<b>nought</b>" not in page
+    assert "&lt;b&gt;nought&lt;/b&gt; &amp; co" in page
+    assert page.count("<figure>") == FIGURES
+
+
+def test_pictures_in_the_page_are_the_samples(report) -> None:
+    page = report["html"].read_text()
+    encoded = re.search(r'src="data:image/png;base64,([^"]+)"', page)
+    assert encoded is not None
+    picture = np.asarray(Image.open(io.BytesIO(base64.b64decode(encoded[1]))))
+    _, heldout = split_digits()
+    first_nought = heldout.images[np.flatnonzero(heldout.labels[:COUNT] == 0)[0]]
+    assert np.array_equal(picture[2 + 6 : 2 + 96 : 12, 2 + 6 : 2 + 96 : 12, 0], first_nought)
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="no Chromium on this machine (apt-get install chromium)")
+def test_a_real_browser_shows_it_on_a_phone_in_the_dark(report, tmp_path) -> None:
+    probed = tmp_path / "report.html"
+    probed.write_text(report["html"].read_text().replace("</body>", PROBE + "</body>"))
+    done = subprocess.run(
+        [
+            CHROMIUM, "--headless=new", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage", "--no-first-run",
+            "--blink-settings=preferredColorScheme=0", f"--user-data-dir={tmp_path / 'profile'}",
+            "--host-resolver-rules=MAP * ~NOTFOUND", "--window-size=500,900", "--enable-logging=stderr",
+            "--virtual-time-budget=5000", "--dump-dom", probed.as_uri(),
+        ],
+        capture_output=True, text=True, check=True, timeout=120,
+    )  # fmt: skip
+    match = re.search(r'data-found="([^"]*)"', done.stdout)
+    assert match is not None, done.stderr[-2000:]
+    found = json.loads(match[1].replace("&quot;", '"'))
+    assert found["images"] == found["decoded"] == FIGURES
+    assert found["requests"] == []
+    assert found["page"] <= found["window"]  # nothing sticks out: wide tables scroll in their own box
+    assert found["dark"] == "rgb(13, 17, 23)"
+    assert "CONSOLE" not in done.stderr
+
+
+def test_published_figures_come_from_the_recipe() -> None:
+    manifest = {"recipe": "base", "config": load_recipe("base").model_dump(mode="json")}
+    figures = published_figures(manifest)
+    assert (figures["fid"], figures["is"], figures["precision"], figures["recall"]) == (1.72, 280.4, 0.82, 0.59)
+    assert "2502.20388" in figures["source"]
+    assert published_figures({"recipe": "tiny", "config": load_recipe("tiny").model_dump(mode="json")}) == {}
+    assert published_figures({}) == {}
+
+
+def test_differences_name_count_protocol_and_reference(digit_folders) -> None:
+    found = evaluate(digit_folders[1], digit_folders[0], "digits", settings=Settings(error_bars="none"))
+    told = " ".join(differences(found))
+    for word in ("297 samples here, 50000 in papers", "ADM's suite; this is digits", str(digit_folders[0])):
+        assert word in told
+
+
+def test_network_evaluations_without_guidance() -> None:
+    config = load_recipe("tiny", ["sample.num_steps=10", "sample.guidance_scale=1.0"])
+    manifest = {"config": config.model_dump(mode="json")}
+    assert network_evaluations(manifest)["total_per_image"] == 40
+    assert network_evaluations({}) == {}
+
+
+@pytest.mark.parametrize(
+    ("value", "error", "text"),
+    [(1.23456, 0.0123, "1.235 ± 0.012"), (312.3, 4.2, "312.3 ± 4.2"), (0.5, None, "0.5"), (None, None, "-")],
+)
+def test_numbers_show_the_digits_that_mean_something(value, error, text: str) -> None:
+    assert show_number(value, error) == text
+
+
+def test_large_images_are_reduced_and_small_ones_enlarged() -> None:
+    assert sheet([np.zeros((256, 128, 3), np.uint8)] * 3).shape == (96 + 4, 3 * 50 + 2, 3)
+    assert sheet([np.zeros((8, 8, 3), np.uint8)] * 9).shape == (2 * 98 + 2, 8 * 98 + 2, 3)

@@ -1,0 +1,107 @@
+"""Sweeps: points, resuming, the front, the best."""
+
+from __future__ import annotations
+
+import io
+
+import pytest
+from PIL import Image
+
+from xar_cli.errors import UserError
+from xar_cli.evaluate.sweep import (
+    Point,
+    Score,
+    pareto_front,
+    parse_numbers,
+    parse_steps,
+    plot,
+    read_scores,
+    run_sweep,
+    table,
+)
+
+
+def make_score(point: Point) -> Score:
+    """A valley with its bottom at guidance 2, and speed against steps."""
+    value = (point.guidance_scale - 2) ** 2 + 20 / point.num_steps
+    return Score(point, "FID-10k", value, 0.1, 400 / point.num_steps, {"fid": value})
+
+
+@pytest.mark.parametrize(
+    ("text", "numbers"),
+    [
+        ("1.5:3:0.25", (1.5, 1.75, 2.0, 2.25, 2.5, 2.75, 3.0)),
+        ("0.1:0.3:0.1", (0.1, 0.2, 0.3)),
+        ("1.5,2", (1.5, 2)),
+        ("2", (2,)),
+        ("2,2", (2,)),
+        (None, ()),
+    ],
+)
+def test_numbers(text, numbers) -> None:
+    assert parse_numbers(text) == pytest.approx(numbers)
+
+
+@pytest.mark.parametrize("text", ["a", "1:2", "2:1:0.5", "1:2:0", "1:2:-1", "", "0:1:0.0000001"])
+def test_wrong_numbers(text: str) -> None:
+    with pytest.raises(UserError, match="--guidance-scale"):
+        parse_numbers(text)
+
+
+def test_steps_are_counts_or_schedules() -> None:
+    assert parse_steps("20, 40,40:15") == (20, 40, "40:15")
+    assert parse_steps(None) == ()
+    for wrong in ("20,2.5", "0", "a", "40:", "-1"):
+        with pytest.raises(UserError, match="no list of step counts"):
+            parse_steps(wrong)
+
+
+def test_a_sweep_scores_all_names_the_best_and_resumes(tmp_path) -> None:
+    asked: list[Point] = []
+
+    def score(point: Point) -> Score:
+        asked.append(point)
+        if len(asked) == 4:
+            raise KeyboardInterrupt
+        return make_score(point)
+
+    arguments = (tmp_path, {"weights": "w"}, (1.5, 2.0, 2.5), (20, 40))
+    with pytest.raises(KeyboardInterrupt):
+        run_sweep(*arguments, score)
+    assert len(read_scores(tmp_path)) == 3
+    result = run_sweep(*arguments, score)
+    assert len(asked) == 4 + 3  # the interrupted point and the two after it
+    assert result["best"]["point"] == {"guidance_scale": 2.0, "num_steps": 40}
+    assert len(result["points"]) == 6
+    assert "Best: guidance 2, 40 steps, FID-10k 0.50 ± 0.10." in result["text"]
+    assert "Within its error" not in result["text"]
+    again = run_sweep(*arguments, score)
+    assert again["points"] == result["points"]
+    assert len(asked) == 7
+    more = run_sweep(tmp_path, {"weights": "w"}, (2.0,), (20, 40, 80), score)
+    assert [found["point"]["num_steps"] for found in more["points"]] == [20, 40, 80]
+    assert len(asked) == 8
+
+
+def test_a_folder_of_another_sweep_is_refused(tmp_path) -> None:
+    run_sweep(tmp_path, {"weights": "w", "count": 10}, (2.0,), (20,), make_score)
+    with pytest.raises(UserError, match="another weights"):
+        run_sweep(tmp_path, {"weights": "other", "count": 10}, (2.0,), (20,), make_score)
+
+
+def test_points_that_the_error_does_not_tell_apart_are_said() -> None:
+    scores = [make_score(Point(scale, 20)) for scale in (1.0, 1.9, 2.0)]
+    text = table(scores, scores[2])
+    assert "Within its error: guidance 1.9, 20 steps." in text
+
+
+def test_the_front_holds_what_nothing_beats() -> None:
+    scores = [make_score(Point(scale, steps)) for scale in (1.0, 2.0) for steps in (10, 20, 40)]
+    assert [found.point for found in pareto_front(scores)] == [Point(2.0, 10), Point(2.0, 20), Point(2.0, 40)]
+
+
+def test_the_plot_is_a_picture() -> None:
+    scores = [make_score(Point(scale, steps)) for scale in (1.0, 2.0) for steps in (10, 20)]
+    with Image.open(io.BytesIO(plot(scores, scores[-1]))) as image:
+        assert image.format == "PNG"
+        assert image.width > 800
