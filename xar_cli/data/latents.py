@@ -71,16 +71,15 @@ class LatentWriter:
 
     def commit(self) -> None:
         """Flush all written data to disk, and only then set the states of its rows."""
-        for shard in self._touched:
-            _sync_data(self._descriptors[shard])
-        self._touched.clear()
+        self._flush()
         for row, state in self._pending:
             self._put(row, "written", np.uint8(state))
             self.states[row] = state
         self._pending.clear()
 
     def close(self) -> None:
-        """Let go of the files. What was not committed stays MISSING."""
+        """Flush and let go of the files. What was not committed stays MISSING."""
+        self._flush()
         for shard, descriptor in enumerate(self._descriptors):
             if descriptor >= 0:
                 os.close(descriptor)
@@ -92,6 +91,11 @@ class LatentWriter:
     def __exit__(self, *_: object) -> None:
         self.close()
 
+    def _flush(self) -> None:
+        for shard in self._touched:
+            _sync_data(self._descriptors[shard])
+        self._touched.clear()
+
     def _write_row(self, row: int, exact: list[np.ndarray]) -> None:
         checksum, squares, largest = 0, 0.0, 0.0
         for name, values in zip(self.layout.moments_names, exact, strict=True):
@@ -99,7 +103,7 @@ class LatentWriter:
                 stored = np.ascontiguousarray(values, self.layout.dtype)
                 difference = stored.astype(np.float32) - values
             self._put(row, name, stored)
-            checksum = zlib.crc32(stored, checksum)
+            checksum = zlib.crc32(stored.data, checksum)
             squares += float(np.mean(np.square(difference)))
             largest = max(largest, float(np.abs(difference).max()))
         self._put(row, "checksums", np.uint32(checksum))
