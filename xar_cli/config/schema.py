@@ -170,7 +170,15 @@ class TrainConfig(Section):
     seed: int = Field(0, ge=0, description="Seed of everything that training draws.")
     epochs: float = Field(gt=0, description="Length of the run in passes over the data.")
     global_batch_size: int = Field(gt=0, description="Images per optimizer step, over all ranks.")
-    max_batch_per_rank: int = Field(gt=0, description="Images per forward pass on one rank, at most.")
+    max_batch_per_rank: Annotated[int, Field(gt=0)] | Literal["auto"] = Field(
+        description="Images per forward pass on one rank, at most; auto takes what the device's memory holds."
+    )
+    parallel: Literal["ddp", "fsdp"] = Field(
+        "ddp", description="Every rank holds the whole state (ddp), or a shard of it (fsdp)."
+    )
+    activation_checkpointing: bool = Field(
+        False, description="Compute each block again in the backward pass: less memory, a third more work."
+    )
     base_lr: float = Field(gt=0, description="Peak learning rate per 256 images of global batch.")
     min_lr: float = Field(ge=0, description="Learning rate at the end of the run.")
     warmup_fraction: float = Field(ge=0, le=1, description="Part of the run with linear warm-up from 0.")
@@ -185,6 +193,9 @@ class TrainConfig(Section):
         min_length=1,
         description="Decays of the weight averages; the first one is sampled by default.",
     )
+    context: Literal["random", "increasing", "decreasing", "clean"] = Field(
+        "random", description="Noise of the earlier entities while training (paper, Table 5)."
+    )
     label_dropout: float = Field(0.1, ge=0, le=1, description="Probability that a label becomes the null class.")
     precision: Literal["bf16", "fp16", "tf32", "fp32"] = Field(
         "bf16", description="Arithmetic of the forward and backward pass."
@@ -193,6 +204,15 @@ class TrainConfig(Section):
     log_every: int = Field(50, gt=0, description="Steps between records in metrics.jsonl.")
     checkpoint_every: int = Field(gt=0, description="Steps between checkpoints.")
     keep_last: int = Field(2, gt=0, description="How many of the newest checkpoints to keep.")
+    keep_every: int = Field(0, ge=0, description="Also keep checkpoints at multiples of this step; 0 for none.")
+    max_bad_steps: int = Field(20, gt=0, description="This many non-finite steps in a row end the run.")
+    loggers: tuple[Literal["tensorboard", "wandb"], ...] = Field(
+        (), description="Where metrics go besides metrics.jsonl."
+    )
+    preview_every: int = Field(0, ge=0, description="Steps between preview grids of fixed seeds; 0 for none.")
+    preview_count: int = Field(16, gt=0, description="Images in a preview grid.")
+    eval_every: float = Field(0, ge=0, description="Epochs between evaluations while training; 0 for none.")
+    eval_count: int = Field(10_000, gt=1, description="Images drawn for an evaluation while training.")
 
     @property
     def lr(self) -> float:

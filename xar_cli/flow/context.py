@@ -2,10 +2,23 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 import torch
 from torch import Tensor
 
+Context = Literal["random", "increasing", "decreasing", "clean"]
 
-def random_timesteps(batch: int, num_entities: int, generator: torch.Generator) -> Tensor:
-    """Noisy Context Learning: t = sigmoid(standard normal), drawn for every image and every entity; (B, K)."""
-    return torch.sigmoid(torch.randn(batch, num_entities, generator=generator, device=generator.device))
+
+def draw_timesteps(context: Context, batch: int, num_entities: int, generator: torch.Generator) -> Tensor:
+    """Timestep of every entity of every image, each the sigmoid of a standard normal; (B, K), in (0, 1).
+
+    - `random`: as drawn. Noisy Context Learning, the paper's choice.
+    - `increasing`, `decreasing`: the same draws, sorted along the entities: the earlier ones are cleaner, or noisier.
+    - `clean`: as drawn, and each is the timestep of an entity as the one to be generated: the entities before it are
+      seen at t = 0 (teacher forcing), which is the network's business.
+    """
+    t = torch.sigmoid(torch.randn(batch, num_entities, generator=generator, device=generator.device))
+    if context in ("increasing", "decreasing"):
+        return t.sort(dim=1, descending=context == "decreasing").values
+    return t

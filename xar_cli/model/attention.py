@@ -5,6 +5,7 @@ Legend: B batch, N tokens of this call, S tokens of the context before it, D wid
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -73,6 +74,9 @@ class LayerCache:
         return self.keys[:, :, :end], self.values[:, :, :end]
 
 
+Attend = Callable[[Tensor, Tensor, Tensor, tuple[int, ...], float], Tensor]
+
+
 @lru_cache(maxsize=32)
 def block_causal_mask(lengths: tuple[int, ...], past: int = 0, device: torch.device | None = None) -> Tensor:
     """(N, past + N) bool, True where a token may look: its own entity, all earlier ones, the past."""
@@ -113,6 +117,50 @@ def block_causal_attention(
         )
         start = end
     return parts[0] if len(parts) == 1 else torch.cat(parts, dim=2)
+
+
+@lru_cache(maxsize=32)
+def teacher_forcing_mask(lengths: tuple[int, ...], device: torch.device | None = None) -> Tensor:
+    """(N, 2 N) bool, True where a noisy token may look: clean tokens of earlier entities, noisy ones of its own."""
+    entity = torch.repeat_interleave(torch.arange(len(lengths), device=device), torch.tensor(lengths, device=device))
+    return torch.cat([entity[:, None] > entity[None, :], entity[:, None] == entity[None, :]], dim=1)
+
+
+def teacher_forcing_attention(
+    queries: Tensor, keys: Tensor, values: Tensor, lengths: tuple[int, ...], dropout: float = 0.0
+) -> Tensor:
+    """Attention of a batch that holds every image twice: first with clean entities, then with noisy ones.
+
+    A clean entity sees itself and all earlier clean ones. A noisy entity sees itself and all earlier *clean* ones, which
+    is what it sees in sampling; so one pass trains all entities (paper, Table 5, context "clean").
+
+    Args:
+        queries, keys, values: (2 B, H, N, E), the clean half first.
+        lengths: tokens of each entity, with sum N.
+        dropout: probability on the attention weights.
+
+    Returns:
+        (2 B, H, N, E).
+    """
+    (clean_q, noisy_q), (clean_k, noisy_k), (clean_v, noisy_v) = (x.chunk(2) for x in (queries, keys, values))
+    clean = block_causal_attention(clean_q, clean_k, clean_v, lengths, dropout)
+    if min(lengths) < MIN_UNMASKED_LENGTH:
+        noisy = F.scaled_dot_product_attention(
+            noisy_q,
+            torch.cat([clean_k, noisy_k], dim=2),
+            torch.cat([clean_v, noisy_v], dim=2),
+            attn_mask=teacher_forcing_mask(lengths, queries.device),
+            dropout_p=dropout,
+        )
+        return torch.cat([clean, noisy])
+    parts, start = [], 0
+    for length in lengths:
+        own = slice(start, start + length)
+        seen_k = torch.cat([clean_k[:, :, :start], noisy_k[:, :, own]], dim=2)
+        seen_v = torch.cat([clean_v[:, :, :start], noisy_v[:, :, own]], dim=2)
+        parts.append(F.scaled_dot_product_attention(noisy_q[:, :, own], seen_k, seen_v, dropout_p=dropout))
+        start += length
+    return torch.cat([clean, torch.cat(parts, dim=2)])
 
 
 class Attention(nn.Module):

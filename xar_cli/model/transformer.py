@@ -13,7 +13,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from xar_cli.config.schema import Config
-from xar_cli.model.attention import Attention, KVCache, LayerCache, block_causal_attention
+from xar_cli.model.attention import (
+    Attend,
+    Attention,
+    KVCache,
+    LayerCache,
+    block_causal_attention,
+    teacher_forcing_attention,
+)
 from xar_cli.model.entities import build_grouping
 from xar_cli.model.rope import rope_table
 
@@ -66,7 +73,13 @@ class XAR(nn.Module):
         return [*self.encoder, *self.decoder]
 
     def forward(
-        self, x_t: Tensor, t: Tensor, labels: Tensor, first_entity: int = 0, cache: KVCache | None = None
+        self,
+        x_t: Tensor,
+        t: Tensor,
+        labels: Tensor,
+        first_entity: int = 0,
+        cache: KVCache | None = None,
+        context: Tensor | None = None,
     ) -> Tensor:
         """The velocity of the entities first_entity .. first_entity + K - 1.
 
@@ -76,10 +89,16 @@ class XAR(nn.Module):
             labels: (B,) class labels; `null_label` for none.
             first_entity: number of the first entity in x_t.
             cache: keys and values of the entities before it; without one, x_t must begin with entity 0.
+            context: (B, N, C) clean tokens that the entities of x_t see in place of each other (teacher forcing); only
+                while training, with the whole sequence and no cache.
 
         Returns:
             (B, N, C), in the order of x_t.
         """
+        attend: Attend = block_causal_attention
+        if context is not None:
+            x_t, t, labels = torch.cat([context, x_t]), torch.cat([torch.zeros_like(t), t]), labels.repeat(2)
+            attend = teacher_forcing_attention
         lengths = self.grouping.lengths[first_entity : first_entity + t.shape[1]]
         start = self.grouping.span(first_entity).start
         place = slice(start, start + sum(lengths))
@@ -88,10 +107,12 @@ class XAR(nn.Module):
 
         h = self.enter(x_t, place)  # (B, N, D)
         for layer, block in enumerate(self.encoder):
-            h = block(h, condition, rope, lengths, cache.layer(layer) if cache else None)
+            h = block(h, condition, rope, lengths, cache.layer(layer) if cache else None, attend)
         h = self.cross(h, place)
         for layer, block in enumerate(self.decoder, start=len(self.encoder)):
-            h = block(h, condition, rope, lengths, cache.layer(layer) if cache else None)
+            h = block(h, condition, rope, lengths, cache.layer(layer) if cache else None, attend)
+        if context is not None:
+            h = h.chunk(2)[1]
         return self.leave(h)  # (B, N, C)
 
     def enter(self, x_t: Tensor, place: slice) -> Tensor:
@@ -139,19 +160,26 @@ class Block(nn.Module):
         rope: Tensor,
         lengths: tuple[int, ...],
         cache: LayerCache | None,
+        attend: Attend = block_causal_attention,
     ) -> Tensor:
-        """h (B, N, D), condition (B, K, D) after its SiLU -> (B, N, D)."""
-        return self.update(h, self.modulation(condition), rope, lengths, cache)
+        """h (B, N, D), condition (B, K, D) after its SiLU -> (B, N, D); `attend` says who sees whom."""
+        return self.update(h, self.modulation(condition), rope, lengths, cache, attend)
 
     def update(
-        self, h: Tensor, modulation: Tensor, rope: Tensor, lengths: tuple[int, ...], cache: LayerCache | None
+        self,
+        h: Tensor,
+        modulation: Tensor,
+        rope: Tensor,
+        lengths: tuple[int, ...],
+        cache: LayerCache | None,
+        attend: Attend = block_causal_attention,
     ) -> Tensor:
         """The block with its modulation (B, K, 6 D) at hand: h (B, N, D) -> (B, N, D)."""
         queries, keys, values = self.before_attention(h, modulation, rope, lengths)
         if cache is not None:
             keys, values = cache.extend(keys, values)
         dropout = self.attention.dropout if self.training else 0.0
-        attended = block_causal_attention(queries, keys, values, lengths, dropout)
+        attended = attend(queries, keys, values, lengths, dropout)
         return self.after_attention(h, attended, modulation, lengths)
 
     def before_attention(

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from xar_cli.config.schema import Config
-from xar_cli.flow.context import random_timesteps
+from xar_cli.flow.context import draw_timesteps
 from xar_cli.model.entities import Grouping
 
 _DRAWS, _DROPOUT, _MIRROR = 1, 2, 3  # streams of one seed that must not meet
@@ -50,7 +50,7 @@ def draw_step(config: Config, grouping: Grouping, step: int, device: torch.devic
 
     return StepDraws(
         posterior_noise=normal(batch, channels, *config.grid),
-        t=random_timesteps(batch, grouping.num_entities, generator),
+        t=draw_timesteps(config.train.context, batch, grouping.num_entities, generator),
         noise=normal(batch, grouping.num_tokens, channels),
         drop_label=torch.rand(batch, generator=generator, device=device) < config.train.label_dropout,
     )

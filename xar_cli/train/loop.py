@@ -204,7 +204,8 @@ def _loss(state: TrainState, moments: Tensor, labels: Tensor, draws: StepDraws) 
     labels = torch.where(draws.drop_label, config.null_label, labels)
     with autocast(config.train.precision, moments.device):
         x = grouping.to_tokens(latents)
-        return velocity_loss(state.model, x, draws.noise, draws.t, labels, grouping.lengths).mean()
+        clean = config.train.context == "clean"
+        return velocity_loss(state.model, x, draws.noise, draws.t, labels, grouping.lengths, clean).mean()
 
 
 class _Window:
