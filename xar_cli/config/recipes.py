@@ -50,7 +50,23 @@ def load_recipe(name_or_file: str, overrides: Sequence[str] = ()) -> Config:
 
 
 def load_config_file(path: Path, overrides: Sequence[str] = ()) -> Config:
-    """The config in a YAML file, with overrides applied; raises UserError as `load_recipe` does."""
+    """The config in a YAML file, with overrides applied; raises UserError as `load_recipe` does.
+
+    A file may say `extends: NAME` and then holds only what differs from that shipped recipe.
+    """
+    values = _read_yaml(path)
+    if "extends" in values:
+        shipped, parent = list_recipes(), str(values.pop("extends"))
+        if parent not in shipped:
+            raise UserError(f"'{path}' extends '{parent}', which is no recipe.", did_you_mean(parent, shipped))
+        values = _merged(_read_yaml(shipped[parent]), values)
+    for text in overrides:
+        _apply_override(values, text)
+    return validate(values, str(path))
+
+
+def _read_yaml(path: Path) -> dict[str, Any]:
+    """The mapping in a YAML file."""
     try:
         values = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError) as error:
@@ -64,9 +80,16 @@ def load_config_file(path: Path, overrides: Sequence[str] = ()) -> Config:
         raise UserError(
             f"The recipe '{path}' is not a mapping of sections.", "See `xar recipes show tiny` for the form."
         )
-    for override in overrides:
-        _apply_override(values, override)
-    return validate(values, str(path))
+    return values
+
+
+def _merged(values: dict[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
+    """Values with changes laid over them, section by section; a section with a `kind` is replaced whole."""
+    merged = dict(values)
+    for key, change in changes.items():
+        both_sections = isinstance(change, dict) and isinstance(merged.get(key), dict)
+        merged[key] = _merged(merged[key], change) if both_sections and "kind" not in change else change
+    return merged
 
 
 def validate(values: Mapping[str, Any], source: str) -> Config:
@@ -120,9 +143,7 @@ def _apply_override(values: dict[str, Any], override: str) -> None:
         value = yaml.safe_load(text)
     except yaml.YAMLError:
         raise UserError(f"'--set {override}': '{text}' is not a YAML value.", "Quote it for your shell.") from None
-    if isinstance(value, dict) and isinstance(place.get(last), dict) and "kind" not in value:
-        value = {**place[last], **value}
-    place[last] = value
+    place.update(_merged(place, {last: value}))
 
 
 def _describe(fault: Mapping[str, Any]) -> str:

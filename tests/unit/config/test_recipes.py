@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 
 import pytest
@@ -14,6 +15,7 @@ from xar_cli.config.reference import config_reference
 from xar_cli.errors import UserError
 from xar_cli.model import XAR
 from xar_cli.model.transformer import count_parameters
+from xar_cli.train.plan import make_plan
 
 PUBLISHED = {
     # name: (dim, depth, heads, steps, guidance, parameters in millions, FID)
@@ -146,3 +148,38 @@ def test_validate_names_its_source():
 def test_the_config_reference_in_docs_is_what_the_schema_says():
     page = Path(__file__).resolve().parents[3] / "docs" / "config.md"
     assert page.read_text(encoding="utf-8") == config_reference(), "run: xar recipes schema --markdown > docs/config.md"
+
+
+# Paper, Tables 3 to 5: xAR-B at 400 epochs. (file, FID, IS)
+ABLATIONS = [
+    ("entity-token", 3.51, 251.4), ("entity-subsample", 3.58, 231.5), ("entity-image", 3.13, 253.4),
+    ("entity-scale", 2.90, 262.8), ("entity-cell", 2.48, 269.2),
+    ("cell-1", 3.51, None), ("cell-2", 3.04, None), ("cell-4", 2.61, None), ("cell-8", 2.48, None), ("cell-16", 3.13, None),
+    ("context-clean", 3.45, None), ("context-increasing", 2.95, None), ("context-decreasing", 2.78, None),
+    ("context-random", 2.48, None),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("name", "fid", "inception_score"), ABLATIONS)
+def test_ablations_are_base_for_400_epochs_with_one_change(name, fid, inception_score, tmp_path):
+    config, base = load_recipe(f"ablations/{name}"), load_recipe("base")
+    assert config.published is not None
+    assert (config.published.fid, config.published.inception_score) == (fid, inception_score)
+    assert config.train.epochs == 400
+    kind, _, value = name.partition("-")
+    if kind == "context":
+        assert (config.train.context, config.entity) == (value, base.entity)
+    else:
+        assert config.train.context == "random"
+        assert config.entity.kind == ("cell" if kind == "cell" else value)
+    assert config.model == base.model
+    plan = make_plan(config, 8, config.data.num_images)
+    assert plan.total_steps == math.ceil(400 * 1_281_167 / 2048)
+
+
+def test_a_recipe_that_extends_no_recipe(tmp_path):
+    path = tmp_path / "mine.yaml"
+    path.write_text("name: mine\nextends: bsae\n")
+    with pytest.raises(UserError) as caught:
+        load_recipe(str(path))
+    assert "Did you mean 'base'?" in caught.value.next_step
