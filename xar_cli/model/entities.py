@@ -57,6 +57,10 @@ class Grouping:
         """(B, N, C) in entity order -> (B, C, H, W)."""
         raise NotImplementedError
 
+    def partial_latents(self, tokens: Tensor) -> Tensor:
+        """What the first entities alone show: their tokens (B, n, C), n <= N -> (B, C, H, W)."""
+        raise NotImplementedError
+
 
 @dataclass(frozen=True)
 class PermutedGrid(Grouping):
@@ -74,6 +78,11 @@ class PermutedGrid(Grouping):
         raster[:, self.order.to(tokens.device)] = tokens
         return raster.transpose(1, 2).unflatten(2, self.grid)
 
+    def partial_latents(self, tokens: Tensor) -> Tensor:
+        """What the first entities alone show; 0, the mean of all latents, where no token has come yet."""
+        missing = self.num_tokens - tokens.shape[1]
+        return self.to_latents(F.pad(tokens, (0, 0, 0, missing)))
+
 
 @dataclass(frozen=True)
 class ScalePyramid(Grouping):
@@ -90,6 +99,12 @@ class ScalePyramid(Grouping):
     def to_latents(self, tokens: Tensor) -> Tensor:
         """(B, N, C) -> (B, C, H, W): the finest scale."""
         return tokens[:, self.span(self.num_entities - 1)].transpose(1, 2).unflatten(2, self.grid)
+
+    def partial_latents(self, tokens: Tensor) -> Tensor:
+        """The newest scale in `tokens`, each of its values repeated over its area."""
+        scale = self.ends.index(tokens.shape[1])
+        coarse = tokens[:, self.span(scale)].transpose(1, 2).unflatten(2, self.sizes[scale])
+        return F.interpolate(coarse, size=self.grid, mode="nearest")
 
 
 def build_grouping(entity: EntityConfig, grid: tuple[int, int]) -> Grouping:

@@ -6,11 +6,14 @@ Legend: B rows, K entities, N tokens of the pass, C channels, D width.
 
 from __future__ import annotations
 
+from typing import cast
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from xar_cli.model import XAR, KVCache
+from xar_cli.model.transformer import Block
 from xar_cli.precision import AUTOCAST_DTYPES
 
 TABLE_BYTES = 512 * 1024**2  # modulation beyond this is computed again instead of kept
@@ -28,9 +31,9 @@ def prepare_network(model: XAR, precision: str, compiled: bool = False) -> XAR:
         if dtype is not None and isinstance(module, nn.Linear):
             module.to(dtype)
     if compiled:
-        for block in model.blocks:
-            block.before_attention = torch.compile(block.before_attention, dynamic=False)  # type: ignore[assignment]
-            block.after_attention = torch.compile(block.after_attention, dynamic=False)  # type: ignore[assignment]
+        for block in _blocks(model):
+            block.before_attention = torch.compile(block.before_attention, dynamic=False)  # type: ignore[method-assign]
+            block.after_attention = torch.compile(block.after_attention, dynamic=False)  # type: ignore[method-assign]
     return model
 
 
@@ -72,7 +75,7 @@ class BatchNetwork:
         rope = model.rope[:, place]
         table = self.modulation(t)
         h = model.enter(x, place)
-        for layer, block in enumerate(model.blocks):
+        for layer, block in enumerate(_blocks(model)):
             if layer == len(model.encoder):
                 h = model.cross(h, place)
             h = block.update(h, table[layer][:rows], rope, lengths, cache.layer(layer))
@@ -84,7 +87,7 @@ class BatchNetwork:
             return self._table[t]
         times = torch.full((len(self._classes), 1), t, dtype=torch.float32, device=self._classes.device)
         condition = F.silu(self.model.condition(times, self._classes))  # (B + 1, 1, D)
-        layers = [self._for_rows(block.modulation(condition)) for block in self.model.blocks]
+        layers = [self._for_rows(block.modulation(condition)) for block in _blocks(self.model)]
         size = sum(layer.nbytes for layer in layers)
         if self._table_bytes + size <= TABLE_BYTES:
             self._table[t] = layers
@@ -96,6 +99,10 @@ class BatchNetwork:
         if not self.guided:
             return modulation
         return torch.cat([modulation[:-1], modulation[-1:].expand(self.batch, -1, -1)])
+
+
+def _blocks(model: XAR) -> list[Block]:
+    return cast("list[Block]", model.blocks)
 
 
 def _compute_dtype(model: XAR) -> torch.dtype:
