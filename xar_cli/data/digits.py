@@ -52,9 +52,7 @@ def split_digits() -> tuple[Digits, Digits]:
     """The fixed split: 1,500 train and 297 held-out scans, each class shared out in the same proportion."""
     digits = load_digits()
     train, heldout = split_indices(digits.labels)
-    return Digits(digits.images[train], digits.labels[train]), Digits(
-        digits.images[heldout], digits.labels[heldout]
-    )
+    return Digits(digits.images[train], digits.labels[train]), Digits(digits.images[heldout], digits.labels[heldout])
 
 
 def split_indices(labels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
