@@ -14,7 +14,7 @@ from xar_cli.cache.verify import verify_cache
 from xar_cli.data.cache_file import CacheFile
 from xar_cli.errors import UserError
 
-NUM_IMAGES = 240
+NUM_IMAGES = 180
 NUM_KILLS = 25
 RECIPE = pixel_recipe("data.num_classes=3")
 

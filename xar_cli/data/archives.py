@@ -107,9 +107,7 @@ class ZipImages(ArchiveImages):
             self._zip = zipfile.ZipFile(path)
         except zipfile.BadZipFile as error:
             raise UserError(f"'{path}' cannot be read as a zip: {error}.", "Copy or pack it again.") from None
-        self._members = {
-            _plain(member.filename): member for member in self._zip.infolist() if not member.is_dir()
-        }
+        self._members = {_plain(member.filename): member for member in self._zip.infolist() if not member.is_dir()}
         if any(member.flag_bits & 1 for member in self._members.values()):
             raise UserError(f"'{path}' is encrypted.", "Unpack it with its password first.")
         super().__init__(path, list(self._members))

@@ -24,9 +24,7 @@ class SampleStream:
 
     def __init__(self, num_samples: int, global_batch_size: int, seed: int) -> None:
         if num_samples < 1 or global_batch_size < 1:
-            raise ValueError(
-                f"need samples and a batch, got {num_samples} samples in batches of {global_batch_size}"
-            )
+            raise ValueError(f"need samples and a batch, got {num_samples} samples in batches of {global_batch_size}")
         self.num_samples, self.global_batch_size, self.seed = num_samples, global_batch_size, seed
         self._permutations: dict[int, np.ndarray] = {}
 
@@ -49,11 +47,7 @@ class SampleStream:
         """The order of one epoch, from (seed, epoch); the two newest are kept, for steps that span both."""
         order = self._permutations.get(epoch)
         if order is None:
-            order = (
-                np.random.default_rng((self.seed, epoch))
-                .permutation(self.num_samples)
-                .astype(np.int64, copy=False)
-            )
+            order = np.random.default_rng((self.seed, epoch)).permutation(self.num_samples).astype(np.int64, copy=False)
             kept = {old: value for old, value in self._permutations.items() if old == epoch - 1}
             self._permutations = {**kept, epoch: order}
         return order

@@ -70,9 +70,7 @@ def test_which_paths_are_archives(tmp_path):
     for name in ("a.tar", "a.zip", "a.tar.gz", "a.png"):
         (tmp_path / name).write_bytes(b"")
     (tmp_path / "folder.tar").mkdir()
-    found = [
-        is_archive(tmp_path / name) for name in ("a.tar", "a.zip", "a.tar.gz", "a.png", "folder.tar", "b.tar")
-    ]
+    found = [is_archive(tmp_path / name) for name in ("a.tar", "a.zip", "a.tar.gz", "a.png", "folder.tar", "b.tar")]
     assert found == [True, True, True, False, False, False]
 
 

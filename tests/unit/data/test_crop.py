@@ -86,6 +86,4 @@ def test_colours_are_cropped_alike():
     rgb = np.stack([grey, 255 - grey, grey // 2], axis=-1)
     cropped = np.asarray(centre_crop(Image.fromarray(rgb), 8))
     for channel in range(3):
-        assert np.array_equal(
-            cropped[..., channel], centre_crop(Image.fromarray(rgb[..., channel].copy()), 8)
-        )
+        assert np.array_equal(cropped[..., channel], centre_crop(Image.fromarray(rgb[..., channel].copy()), 8))

@@ -105,9 +105,7 @@ def test_truncated_files_are_bad_images(kind, kept):
 @pytest.mark.filterwarnings("ignore")
 def test_noise_is_a_bad_image_and_nothing_else():
     rng = np.random.default_rng(0)
-    whole = {
-        kind: encoded(Image.fromarray(RGB), kind) for kind in ("PNG", "JPEG", "GIF", "BMP", "TIFF", "WEBP")
-    }
+    whole = {kind: encoded(Image.fromarray(RGB), kind) for kind in ("PNG", "JPEG", "GIF", "BMP", "TIFF", "WEBP")}
     for data in whole.values():
         for _ in range(40):
             damaged = bytearray(data)
