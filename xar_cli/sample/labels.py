@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import difflib
 from collections.abc import Sequence
 
-from xar_cli.errors import UserError, nearest
+from xar_cli.errors import UserError
 
 
 def parse_classes(text: str | None, num_classes: int, names: Sequence[str] = ()) -> list[int]:
-    """The labels that a text such as '3', '0-9' or 'otter,360,goldfish' stands for, in its order.
+    """The labels that a text such as '3', '0-9' or 'otter,360,goldfish' stands for, each once, in its order.
 
     A name is looked for among `names` (one per class, synonyms divided by commas), whole synonyms first and then as
     part of one; it must fit exactly one class. None stands for all classes; a model without classes has the label 0.
@@ -28,12 +29,18 @@ def parse_classes(text: str | None, num_classes: int, names: Sequence[str] = ())
         if part.isdigit() and part not in names:
             labels.append(_in_range(int(part), num_classes))
         elif dash and first.isdigit() and last.isdigit():
-            labels.extend(range(_in_range(int(first), num_classes), _in_range(int(last), num_classes) + 1))
+            labels.extend(_range(int(first), int(last), num_classes))
+        elif not part:
+            raise UserError(f"'{text}' names no class.", "Give a number, a range such as 0-9, or a class name.")
         else:
             labels.append(_find_name(part, names))
-    if not labels:
-        raise UserError(f"'{text}' names no class.", "Give a number, a range such as 0-9, or a class name.")
-    return labels
+    return list(dict.fromkeys(labels))
+
+
+def _range(first: int, last: int, num_classes: int) -> range:
+    if first > last:
+        raise UserError(f"The range {first}-{last} is empty.", f"Write {last}-{first}.")
+    return range(_in_range(first, num_classes), _in_range(last, num_classes) + 1)
 
 
 def _in_range(label: int, num_classes: int) -> int:
@@ -53,6 +60,8 @@ def _find_name(name: str, names: Sequence[str]) -> int:
     if found:
         listed = ", ".join(f"{label} ({names[label]})" for label in found[:6])
         raise UserError(f"'{name}' fits several classes.", f"Choose a number: {listed}.")
-    match = nearest(wanted, [word for words in synonyms for word in words])
-    hint = f"Did you mean '{match}'?" if match else "Give a class number; this model's class names do not have it."
+    close = difflib.get_close_matches(wanted, [word for words in synonyms for word in words], n=3, cutoff=0.6)
+    hint = "Give a class number; this model's class names have nothing like it."
+    if close:
+        hint = f"Did you mean {' or '.join(repr(word) for word in close)}?"
     raise UserError(f"There is no class called '{name}'.", hint)
