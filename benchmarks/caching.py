@@ -19,6 +19,7 @@ import os
 import platform
 import subprocess
 import tempfile
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -82,7 +83,9 @@ def in_turns(first: Callable[[], float], second: Callable[[], float], pairs: int
     }  # fmt: skip
 
 
-def measure(folder: Path, recipe: Config, count: int, batch: int, pairs: int, device_name: str) -> dict[str, object]:
+def measure(
+    folder: Path, recipe: Config, count: int, batch: int, pairs: int, device_name: str, memory_images: int
+) -> dict[str, object]:
     """All figures."""
     device = pick_device(device_name)
     weights, root = folder / "kl16.safetensors", folder / "images"
@@ -125,11 +128,45 @@ def measure(folder: Path, recipe: Config, count: int, batch: int, pairs: int, de
     results["moments in bf16 against fp32"] = error_of(rounded, exact)
     results["moments stored in float16"] = error_of(exact.half().float(), exact)
     results["moments stored in bfloat16"] = error_of(exact.bfloat16().float(), exact)
+    if memory_images:
+        results["memory over a run"] = memory_over_a_run(folder, root, memory_images)
     start = time.perf_counter()
     for row in range(count):
         job.load(row)
     results["decode on one core, images/s"] = count / (time.perf_counter() - start)
     return results
+
+
+def memory_over_a_run(folder: Path, images: Path, count: int) -> dict[str, float]:
+    """Resident memory while the stage decodes, queues and writes `count` images, without an encoder."""
+    linked = folder / "linked"
+    files = sorted(images.rglob("*.jpg"))
+    for i in range(count):
+        target = linked / f"class-{i % 2}" / f"{i:06d}.jpg"
+        target.parent.mkdir(parents=True, exist_ok=True)
+        os.link(files[i % len(files)], target)
+    recipe = load_recipe("base", ["data.num_classes=2", "tokenizer={kind: pixels, patch: 16, latent_scale: 1.0}"])
+    seen: list[tuple[float, float]] = []
+    ended = threading.Event()
+
+    def watch() -> None:
+        while not ended.wait(0.1):
+            pages = int(Path("/proc/self/statm").read_text().split()[1])
+            seen.append((time.perf_counter(), pages * os.sysconf("SC_PAGE_SIZE")))
+
+    watcher = threading.Thread(target=watch)
+    watcher.start()
+    start = time.perf_counter()
+    try:
+        summary = cache_latents(linked, folder / "memory.h5", recipe, device="cpu", batch_size=32)
+    finally:
+        ended.set()
+        watcher.join()
+    times, held = np.array(seen).T
+    steady = times > start + 0.3 * (times[-1] - start)  # past the first fill of queues and caches
+    rate = summary.num_encoded / summary.seconds
+    slope = np.polyfit(times[steady], held[steady], 1)[0] / rate
+    return {"images": count, "images_per_s": rate, "bytes_per_image": float(slope), "held_bytes": float(held[-1])}
 
 
 def error_of(moments: torch.Tensor, exact: torch.Tensor) -> dict[str, float]:
@@ -169,11 +206,20 @@ def main() -> None:
     parser.add_argument("--size", type=int, default=256)
     parser.add_argument("--batch", type=int, default=4)
     parser.add_argument("--pairs", type=int, default=5)
+    parser.add_argument("--memory-images", type=int, default=4000, help="in the run that memory is watched over")
     parser.add_argument("--device", default="auto")
     arguments = parser.parse_args()
     recipe = load_recipe("base", ["data.num_classes=2", f"data.image_size={arguments.size}"])
     with tempfile.TemporaryDirectory() as folder:
-        results = measure(Path(folder), recipe, arguments.images, arguments.batch, arguments.pairs, arguments.device)
+        results = measure(
+            Path(folder),
+            recipe,
+            arguments.images,
+            arguments.batch,
+            arguments.pairs,
+            arguments.device,
+            arguments.memory_images,
+        )
     commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout.strip()
     about = {
         **vars(arguments), "machine": f"{platform.machine()}, {os.cpu_count()} cores",

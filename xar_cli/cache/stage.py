@@ -120,7 +120,7 @@ def run_cache(settings: CacheSettings, ranks: Ranks) -> CacheSummary:
         ranks.barrier()
         if not ranks.is_main:
             lock.share()
-        with LatentWriter(settings.out) as writer:
+        with _disk_errors(settings.out), LatentWriter(settings.out) as writer:
             blocks = share_of_blocks(writer, plan.batch_size, ranks.rank, ranks.world_size)
             ranks.barrier()  # nobody writes before all have divided the same work
             start = time.monotonic()
@@ -194,11 +194,7 @@ def _encode_share(settings: CacheSettings, job: Job, writer: LatentWriter, block
     todo = sum(int(np.count_nonzero(~before[block.start : block.stop])) for block in blocks)
     label = "caching" if ranks.world_size == 1 else f"caching, rank 0 of {ranks.world_size}"
     bad = BadList(bad_list_path(settings.out), settings.max_bad)
-    with (
-        _stop_on_sigterm(),
-        _disk_errors(settings.out),
-        progress(todo, label, enabled=ranks.is_main and todo > 0) as display,
-    ):
+    with _stop_on_sigterm(), progress(todo, label, enabled=ranks.is_main and todo > 0) as display:
         encode_blocks(job, blocks, writer, bad, display, settings.workers or os.cpu_count() or 1)
     return int(np.count_nonzero((writer.states == WRITTEN) & ~before))
 

@@ -78,8 +78,7 @@ class LatentWriter:
         self._pending.clear()
 
     def close(self) -> None:
-        """Flush and let go of the files. What was not committed stays MISSING."""
-        self._flush()
+        """Let go of the files. What was not committed stays MISSING."""
         for shard, descriptor in enumerate(self._descriptors):
             if descriptor >= 0:
                 os.close(descriptor)
@@ -88,8 +87,12 @@ class LatentWriter:
     def __enter__(self) -> LatentWriter:
         return self
 
-    def __exit__(self, *_: object) -> None:
-        self.close()
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        try:
+            if kind is None:
+                self._flush()
+        finally:
+            self.close()
 
     def _flush(self) -> None:
         for shard in self._touched:
