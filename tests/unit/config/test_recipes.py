@@ -154,7 +154,8 @@ def test_the_config_reference_in_docs_is_what_the_schema_says():
 ABLATIONS = [
     ("entity-token", 3.51, 251.4), ("entity-subsample", 3.58, 231.5), ("entity-image", 3.13, 253.4),
     ("entity-scale", 2.90, 262.8), ("entity-cell", 2.48, 269.2),
-    ("cell-1", 3.51, None), ("cell-2", 3.04, None), ("cell-4", 2.61, None), ("cell-8", 2.48, None), ("cell-16", 3.13, None),
+    ("cell-1", 3.51, None), ("cell-2", 3.04, None), ("cell-4", 2.61, None), ("cell-8", 2.48, None),
+    ("cell-16", 3.13, None),
     ("context-clean", 3.45, None), ("context-increasing", 2.95, None), ("context-decreasing", 2.78, None),
     ("context-random", 2.48, None),
 ]  # fmt: skip
