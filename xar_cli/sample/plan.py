@@ -16,6 +16,8 @@ from xar_cli.flow.guidance import guidance_scales
 from xar_cli.flow.solvers import SOLVERS
 from xar_cli.model import build_grouping
 
+TIME_SLACK = 1e-9  # a grid point that rounding puts beside the end of the interval is still inside
+
 
 @dataclass(frozen=True)
 class SamplingPlan:
@@ -52,7 +54,7 @@ class SamplingPlan:
     def scale(self, entity: int, t: float) -> float:
         """Guidance scale of an entity at a timestep; 1 is unguided."""
         low, high = self.interval
-        return self.guidance[entity] if low <= t <= high else 1.0
+        return self.guidance[entity] if low - TIME_SLACK <= t <= high + TIME_SLACK else 1.0
 
     def evaluations(self) -> Evaluations:
         """How often the network runs for one image."""

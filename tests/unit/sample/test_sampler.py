@@ -1,0 +1,163 @@
+"""The sampler: independent of the batch, of tabulation and of compilation; the null branch only where it is needed."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+import torch
+
+from tests.caches import pixel_recipe
+from xar_cli.flow.solvers import SOLVERS
+from xar_cli.model import XAR
+from xar_cli.model.transformer import init_weights
+from xar_cli.precision import autocast
+from xar_cli.sample.network import BatchNetwork, prepare_network
+from xar_cli.sample.noise import AddressedNoise
+from xar_cli.sample.plan import SamplingPlan
+from xar_cli.sample.sampler import sample_latents
+
+CPU = torch.device("cpu")
+KINDS = ("{kind: cell, size: 4}", "{kind: subsample, stride: 2}", "{kind: scale, sizes: [2, 8]}", "{kind: image}")
+
+
+def small_model(entity: str = KINDS[0], dim: int = 32) -> XAR:
+    model = XAR(pixel_recipe(f"model={{dim: {dim}, depth: 1, heads: 2}}", f"entity={entity}"))
+    init_weights(model, torch.Generator().manual_seed(0))
+    return model.eval()
+
+
+def plan_for(model: XAR, **changes) -> SamplingPlan:
+    entities = model.grouping.num_entities
+    guidance = tuple(1 + 1.5 * j / max(1, entities - 1) for j in range(entities))
+    return dataclasses.replace(SamplingPlan("euler", (3,) * entities, guidance), **changes)
+
+
+def draw(model: XAR, plan: SamplingPlan, indices=(0, 1, 2), seed: int = 5) -> torch.Tensor:
+    labels = torch.tensor([index % 10 for index in indices])
+    return sample_latents(model, labels, AddressedNoise(seed, list(indices), 1, CPU), plan)
+
+
+@torch.inference_mode()
+def draw_without_cache(model: XAR, plan: SamplingPlan, indices, seed: int = 5) -> torch.Tensor:
+    """The same, written as one uncached pass over the whole sequence at every evaluation."""
+    grouping, noise = model.grouping, AddressedNoise(seed, list(indices), 1, CPU)
+    labels = torch.tensor([index % 10 for index in indices])
+    done = torch.zeros(len(indices), 0, 1)
+    for j, length in enumerate(grouping.lengths):
+        drawn = noise.draw(j, length, plan.num_steps[j])
+
+        def velocity(x, t, j=j, done=done):
+            sequence = torch.cat([done, x.float()], dim=1)
+            times = torch.zeros(len(x), j + 1)
+            times[:, j] = t
+            found = [model(sequence, times, label)[:, -x.shape[1] :] for label in (labels, torch.full_like(labels, 10))]
+            return found[1] + plan.guidance[j] * (found[0] - found[1])
+
+        done = torch.cat(
+            [done, SOLVERS[plan.solver](velocity, drawn[0], plan.num_steps[j], lambda i, d=drawn: d[i + 1]).float()], 1
+        )
+    return grouping.to_latents(done)
+
+
+@pytest.mark.parametrize("entity", KINDS)
+@pytest.mark.parametrize("solver", sorted(SOLVERS))
+def test_equal_to_sampling_without_cache_or_tables(entity, solver):
+    model = small_model(entity)
+    plan = plan_for(model, solver=solver)
+    torch.testing.assert_close(draw(model, plan), draw_without_cache(model, plan, (0, 1, 2)), rtol=1e-4, atol=1e-4)
+
+
+def test_image_i_is_image_i_in_any_batch():
+    model = small_model()
+    plan = plan_for(model, solver="euler_maruyama")
+    together = draw(model, plan, (0, 1, 2, 3, 4))
+    for row, index in enumerate((0, 1, 2, 3, 4)):
+        torch.testing.assert_close(draw(model, plan, (index,))[0], together[row], rtol=1e-4, atol=1e-4)
+    turned = draw(model, plan, (4, 2, 0))
+    torch.testing.assert_close(turned, together[[4, 2, 0]], rtol=1e-4, atol=1e-4)
+
+
+class CountedRows:
+    """Counts the rows of every pass through the network."""
+
+    def __init__(self, model: XAR) -> None:
+        self.rows: list[int] = []
+        enter = model.enter
+        model.enter = lambda x, place: self.rows.append(len(x)) or enter(x, place)  # type: ignore[method-assign]
+
+
+def test_rows_of_every_pass():
+    """First entity unguided: B rows; commits and guided entities: 2 B."""
+    model = small_model()
+    counted = CountedRows(model)
+    draw(model, plan_for(model, num_steps=(2, 1, 1, 1)), (0, 1))
+    assert counted.rows == [2, 2, 4, 4, 4, 4, 4, 4]
+
+
+def test_guidance_scale_1_never_runs_a_null_branch():
+    model = small_model()
+    counted = CountedRows(model)
+    draw(model, plan_for(model, guidance=(1.0,) * 4), (0, 1))
+    assert set(counted.rows) == {2}
+
+
+def test_passes_are_those_that_the_plan_counts():
+    model = small_model()
+    counted = CountedRows(model)
+    plan = plan_for(model, interval=(0.2, 0.7), num_steps=(5, 4, 3, 2))
+    draw(model, plan, (0,))
+    assert sum(counted.rows) == plan.evaluations().total
+
+
+def test_interval_outside_which_the_result_is_unguided():
+    model = small_model()
+    unguided = draw(model, plan_for(model, guidance=(1.0,) * 4))
+    torch.testing.assert_close(draw(model, plan_for(model, interval=(0.0, 0.01))), unguided)
+    assert not torch.allclose(draw(model, plan_for(model)), unguided)
+
+
+def test_observer_sees_every_evaluation_and_the_results():
+    model = small_model()
+    seen: list[tuple[int, float]] = []
+    result: list[torch.Tensor] = []
+
+    def observe(entity, t, x):
+        seen.append((entity, t))
+        if t == 0:
+            result.append(x)
+
+    plan = plan_for(model, num_steps=(2, 1, 1, 1))
+    latents = sample_latents(model, torch.tensor([3]), AddressedNoise(0, [0], 1, CPU), plan, observe)
+    assert seen == [(0, 1.0), (0, 0.5), (0, 0.0), (1, 1.0), (1, 0.0), (2, 1.0), (2, 0.0), (3, 1.0), (3, 0.0)]
+    assert torch.equal(model.grouping.to_latents(torch.cat(result, 1)), latents)
+
+
+@torch.inference_mode()
+def test_modulation_is_computed_once_for_each_timestep():
+    model = small_model()
+    network = BatchNetwork(model, torch.tensor([1, 2]), guided=True)
+    first = network.modulation(0.5)
+    assert network.modulation(0.5) is first
+    condition = torch.nn.functional.silu(model.condition(torch.full((4, 1), 0.5), torch.tensor([1, 2, 10, 10])))
+    torch.testing.assert_close(first[0], model.encoder[0].modulation(condition))
+
+
+def test_weights_in_bf16_give_what_autocast_gives():
+    """Casting the weights once is what autocast does at every call: the same numbers, bit for bit."""
+    plan = plan_for(small_model())
+    with autocast("bf16", CPU):
+        before = draw(small_model(), plan)
+        after = draw(prepare_network(small_model(), "bf16"), plan)
+    assert torch.equal(before, after)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_compiled_blocks_give_the_same_images(precision):
+    plain, compiled = small_model(dim=64), prepare_network(small_model(dim=64), precision, compiled=True)
+    plan = plan_for(plain)
+    with autocast(precision, CPU):
+        expected, found = draw(plain, plan), draw(compiled, plan)
+    error = ((found - expected).norm() / expected.norm()).item()
+    assert error < (1e-5 if precision == "fp32" else 2e-2)
