@@ -197,7 +197,7 @@ def evaluate(
     wanted = pick_protocols(protocol)
     opened = open_images(samples, settings.image_size)
     against = open_reference(reference, settings.image_size)
-    weights = _require_all_weights(wanted, settings)
+    weights = _require_all_weights(wanted, settings, with_vgg16=against.images is not None)
     rows = _rows(len(opened), settings.count)
     _require_enough(opened.name, len(rows))
     if against.images is not None and not against.statistics:
@@ -216,7 +216,8 @@ def evaluate(
         compiled = settings.compile == "on" or (settings.compile == "auto" and len(rows) >= COMPILE_FROM)
         network = build_network(name, found, ranks.device, settings.precision, compiled)
         networks[name] = network
-        against.gaussian(network, "pool")  # statistics of another network are refused before any work
+        if name in {one.network for one in wanted}:
+            against.gaussian(network, "pool")  # statistics of another network are refused before any work
         _check_sizes(opened, against, network, settings)
         common: dict[str, Any] = {
             "batch_size": settings.batch_size, "workers": settings.workers, "skip_bad": settings.skip_bad,
@@ -441,9 +442,9 @@ class _Judge:
         }
 
 
-def _require_all_weights(wanted: Sequence[Protocol], settings: Settings) -> dict[str, Any]:
-    """Weights of every distinct network that the protocols need; digits has None."""
-    with_vgg16 = settings.vgg16_weights is not None
+def _require_all_weights(wanted: Sequence[Protocol], settings: Settings, with_vgg16: bool) -> dict[str, Any]:
+    """Weights of every distinct network that the protocols need; digits has None, and VGG16 none unless it is given."""
+    with_vgg16 = with_vgg16 and settings.vgg16_weights is not None
     names = dict.fromkeys(name for protocol in wanted for name in protocol.networks(with_vgg16))
     given = {VGG16: [settings.vgg16_weights] if settings.vgg16_weights else []}
     return {

@@ -14,10 +14,12 @@ from typing import Any, ClassVar, Literal
 import numpy as np
 import torch
 from torch import Tensor
+from torch._dynamo.exc import TorchDynamoException
 
 from xar_cli.errors import UserError
 from xar_cli.evaluate import digits, inception
 from xar_cli.evaluate.weights import Weights, find_weights
+from xar_cli.logs import log
 
 Precision = Literal["fp32", "bf16"]
 DIGITS, INCEPTION, INCEPTION_CLEAN, VGG16 = "digits", "inception", "inception-clean", "vgg16"
@@ -99,15 +101,20 @@ class TorchFidelityInception(FeatureNetwork):
         net = inception.InceptionV3()
         net.load_state_dict(_load_state_dict(weights.path, net.state_dict()))
         net.eval().requires_grad_(False).fold_batch_norms()
-        self.net: Any = net.to(device, self.dtype).to(memory_format=torch.channels_last)
-        if compiled:
-            options: dict[str, Any] = {} if device.type == "cuda" else {"freezing": True}
-            self.net = torch.compile(self.net, options=options)
+        self.net = net.to(device, self.dtype).to(memory_format=torch.channels_last)
+        options: dict[str, Any] = {} if device.type == "cuda" else {"freezing": True}
+        self.compiled = torch.compile(self.net, options=options) if compiled else None
 
     def forward(self, images: Tensor) -> Sequence[Tensor]:
         """Pool features, logits without bias, spatial features."""
-        resized = inception.resize_like_tensorflow(images)
-        return self.net(resized.to(self.dtype, memory_format=torch.channels_last))
+        resized = inception.resize_like_tensorflow(images).to(self.dtype, memory_format=torch.channels_last)
+        if self.compiled is not None:
+            try:
+                return self.compiled(resized)
+            except TorchDynamoException as error:  # no C++ compiler on this machine, most likely
+                log.warning(f"the network is not compiled: {str(error).strip().splitlines()[0]}")
+                self.compiled = None
+        return self.net(resized)
 
 
 class CleanFidInception(FeatureNetwork):

@@ -154,18 +154,14 @@ def sample_strips(samples: ImageSet, evaluation: Evaluation) -> list[Strip]:
     """A strip for each class, at most twelve classes spread over all; one grid where there are no classes."""
     table = next(iter(evaluation.tables.values()))
     if samples.labels is None:
-        rows = table.rows[:IMAGES_WITHOUT_CLASSES]
-        return [Strip("the first samples", [samples.load(int(row)) for row in rows])]
+        return _strips(samples, {"the first samples": table.rows[:IMAGES_WITHOUT_CLASSES]})
     labels = samples.labels[table.rows]
     classes = np.unique(labels)
     shown = classes[np.linspace(0, len(classes) - 1, min(len(classes), MAX_CLASSES_SHOWN)).round().astype(int)]
-    return [
-        Strip(
-            samples.class_name(int(label)),
-            [samples.load(int(row)) for row in table.rows[labels == label][:IMAGES_PER_CLASS]],
-        )
-        for label in shown
-    ]
+    return _strips(
+        samples,
+        {samples.class_name(int(label)): table.rows[labels == label][:IMAGES_PER_CLASS] for label in shown},
+    )
 
 
 def neighbour_strips(
@@ -179,14 +175,21 @@ def neighbour_strips(
     real = open_images(reference, settings.image_size)
     picked = np.linspace(0, len(table) - 1, min(len(table), SAMPLES_WITH_NEIGHBOURS)).round().astype(int)
     found = metrics.nearest(table.layers["pool"][picked], real_table.layers["pool"], NEIGHBOURS)
+    own = _strips(samples, {f"sample {row}": [row] for row in table.rows[picked]})
+    near = _strips(real, {str(place): real_table.rows[rows] for place, rows in enumerate(found)})
     strips = []
-    for row, neighbours in zip(picked, found, strict=True):
-        index = int(table.rows[row])
-        images = [samples.load(index), *(real.load(int(real_table.rows[near])) for near in neighbours)]
-        side = images[0].shape
-        images = [image for image in images if image.shape == side]
-        strips.append(Strip(f"sample {index}, then its {len(images) - 1} nearest real images", images))
+    for mine, theirs in zip(own, near, strict=True):
+        side = mine.images[0].shape
+        alike = [image for image in theirs.images if image.shape == side]
+        strips.append(Strip(f"{mine.caption}, then its {len(alike)} nearest real images", [*mine.images, *alike]))
     return strips
+
+
+def _strips(images: ImageSet, rows: Mapping[str, Sequence[int] | np.ndarray]) -> list[Strip]:
+    """Strips of the given images by caption; a generator draws them together."""
+    wanted = [int(row) for some in rows.values() for row in some]
+    loaded = iter(images.load_many(wanted))
+    return [Strip(caption, [next(loaded) for _ in some]) for caption, some in rows.items()]
 
 
 def markdown(content: Mapping[str, Any]) -> str:

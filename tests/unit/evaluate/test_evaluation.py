@@ -93,6 +93,16 @@ def test_statistics_give_the_number_of_the_images(folders, tmp_path) -> None:
     assert through.reference.count == 30
 
 
+def test_vgg16_given_with_statistics_alone_does_not_stop_the_rest(folders, tmp_path) -> None:
+    make_statistics(folders[1], tmp_path / "ref.npz", "torch-fidelity", settings=QUICK)
+    settings = QUICK.model_copy(update={"vgg16_weights": tmp_path / "vgg16.pth"})
+    found = evaluate(folders[0], tmp_path / "ref.npz", "torch-fidelity", settings=settings)
+    assert found.first.metrics["fid"].value is not None
+    assert found.first.metrics["precision"].value is None
+    with_images = evaluate(*folders, "torch-fidelity", settings=settings)
+    assert "vgg16 features" in with_images.first.metrics["precision"].note
+
+
 def test_clean_fid_never_takes_statistics_of_adm(folders, tmp_path) -> None:
     make_statistics(folders[1], tmp_path / "ref.npz", "adm", settings=QUICK)
     with pytest.raises(UserError, match="not of 'inception-clean'"):

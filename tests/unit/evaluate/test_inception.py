@@ -58,6 +58,21 @@ def test_features_equal_clean_fid(inception_files, tmp_path) -> None:
     assert relative(ours, theirs) < 1e-4
 
 
+def test_without_a_compiler_the_plain_network_is_used(inception_files, monkeypatch, caplog) -> None:
+    from torch._dynamo.exc import TorchDynamoException
+
+    def broken(images: torch.Tensor) -> None:
+        raise TorchDynamoException("no working C++ compiler")
+
+    monkeypatch.setattr(torch, "compile", lambda net, **_: broken)
+    monkeypatch.setattr("xar_cli.logs.log.propagate", True)
+    network = TorchFidelityInception(weights(inception_files.torch_fidelity), CPU, "fp32", compiled=True)
+    plain = TorchFidelityInception(weights(inception_files.torch_fidelity), CPU, "fp32", compiled=False)
+    images = make_images(1)
+    np.testing.assert_array_equal(network.features(images)["pool"], plain.features(images)["pool"])
+    assert "no working C++ compiler" in caplog.text
+
+
 def test_the_two_resizes_differ() -> None:
     """Shrinking is where: TensorFlow 1's bilinear does not smooth, clean-fid's does. So their numbers do not mix."""
     image = np.zeros((1024, 1024, 3), np.uint8)
