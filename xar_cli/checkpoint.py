@@ -1,7 +1,7 @@
 """Checkpoints of a run: folders `step-00001234` of safetensors and JSON, written beside and renamed into place.
 
-Owns the files and their checks; what the tensors mean is the training stage's business. A checkpoint is a dict of
-named groups of tensors (model, optimizer, ema-0.9999) plus a small JSON state.
+Owns the files, their checks and how long they are kept; what the tensors mean is the training stage's business. A
+checkpoint is a dict of named groups of tensors (model, optimizer, ema-0.9999) plus a small JSON state.
 """
 
 from __future__ import annotations
@@ -16,9 +16,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from xar_cli.distributed import whole_tensor
 from xar_cli.errors import UserError
 from xar_cli.logs import log
 from xar_cli.run_dir import RunDir
@@ -69,7 +71,7 @@ def write_checkpoint(run: RunDir, step: int, groups: TensorGroups, state: Mappin
         files = {}
         for group, tensors in groups.items():
             path = temporary / f"{group}.safetensors"
-            save_file(dict(tensors), path)
+            _save_file(dict(tensors), path)
             _flush(path)
             files[path.name] = {"bytes": path.stat().st_size, "crc32": _crc32(path)}
         path = temporary / STATE_FILE
@@ -89,10 +91,15 @@ def latest_checkpoint(run: RunDir) -> Checkpoint | None:
     for folder in sorted(run.checkpoints.glob("step-*"), reverse=True):
         fault = _fault(folder)
         if fault is None:
-            state = json.loads((folder / STATE_FILE).read_text(encoding="utf-8"))
-            return Checkpoint(folder, state["step"], state)
+            return open_checkpoint(folder)
         log.warning("Checkpoint %s is damaged (%s); the one before it is used.", folder, fault)
     return None
+
+
+def open_checkpoint(folder: Path) -> Checkpoint:
+    """A checkpoint that is known to be whole."""
+    state = json.loads((folder / STATE_FILE).read_text(encoding="utf-8"))
+    return Checkpoint(folder, state["step"], state)
 
 
 def require_checkpoint(run: RunDir) -> Checkpoint:
@@ -109,21 +116,43 @@ class CheckpointWriter:
     Args:
         run: the run folder.
         keep_last: how many of the newest checkpoints to keep.
+        keep_every: also keep each whose step is a multiple of this; 0 for none.
+        writes: False on ranks that only give their shards.
+
+    Attributes:
+        fault: why the newest checkpoint could not be written, or None.
     """
 
-    def __init__(self, run: RunDir, keep_last: int) -> None:
-        self._run, self._keep_last = run, keep_last
+    def __init__(self, run: RunDir, keep_last: int, keep_every: int = 0, writes: bool = True) -> None:
+        self._run, self._keep_last, self._keep_every, self._writes = run, keep_last, keep_every, writes
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self._pending: Future[None] | None = None
+        self._pinned: dict[tuple[str, str], Tensor] = {}
+        self.fault: str | None = None
+        if writes:
+            for left_by_a_kill in run.checkpoints.glob(".step-*.tmp"):
+                shutil.rmtree(left_by_a_kill, ignore_errors=True)
 
     def save(self, step: int, groups: TensorGroups, state: Mapping[str, Any]) -> None:
-        """Copy the tensors to the CPU and start writing; waits first for a checkpoint still being written."""
+        """Copy the tensors to the host and start writing; waits first for a checkpoint still being written.
+
+        Every rank calls this: shards are gathered tensor by tensor. From a CUDA device the copies go to pinned memory
+        and are only queued here, before any later step: neither host nor device waits for them.
+        """
         self.wait()
-        copies = {
-            group: {name: tensor.detach().to("cpu", copy=True).contiguous() for name, tensor in tensors.items()}
-            for group, tensors in groups.items()
-        }
-        self._pending = self._thread.submit(self._write, step, copies, dict(state))
+        copies: dict[str, dict[str, Tensor]] = {}
+        for group, tensors in groups.items():
+            copies[group] = {}
+            for name, tensor in tensors.items():
+                whole = whole_tensor(tensor.detach())
+                if self._writes:
+                    copies[group][name] = self._host_copy(group, name, whole)
+        if not self._writes:
+            return
+        copied = torch.cuda.Event() if self._pinned else None
+        if copied is not None:
+            copied.record()
+        self._pending = self._thread.submit(self._write, step, copies, dict(state), copied)
 
     def wait(self) -> None:
         """Return when no checkpoint is being written."""
@@ -136,17 +165,41 @@ class CheckpointWriter:
         self.wait()
         self._thread.shutdown()
 
-    def _write(self, step: int, groups: TensorGroups, state: Mapping[str, Any]) -> None:
+    def _host_copy(self, group: str, name: str, tensor: Tensor) -> Tensor:
+        if tensor.device.type != "cuda":
+            return tensor.clone().contiguous()
+        if (group, name) not in self._pinned:
+            self._pinned[group, name] = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
+        return self._pinned[group, name].copy_(tensor, non_blocking=True)
+
+    def _write(
+        self, step: int, groups: TensorGroups, state: Mapping[str, Any], copied: torch.cuda.Event | None
+    ) -> None:
+        if copied is not None:
+            copied.synchronize()
         try:
             write_checkpoint(self._run, step, groups, state)
         except OSError as error:
+            self.fault = str(error)
             log.error(
                 "Checkpoint of step %d could not be written (%s): the run goes on, the older ones are intact. "
                 "Free some disk space.", step, error,
             )  # fmt: skip
             return
+        self.fault = None
         for folder in sorted(self._run.checkpoints.glob("step-*"))[: -self._keep_last]:
-            shutil.rmtree(folder)
+            if not (self._keep_every and int(folder.name.removeprefix("step-")) % self._keep_every == 0):
+                shutil.rmtree(folder)
+
+
+def _save_file(tensors: dict[str, Tensor], path: Path) -> None:
+    """`save_file`, with a full disk told as the OSError that it is."""
+    try:
+        save_file(tensors, path)
+    except Exception as error:  # safetensors has an error class of its own for what the system says
+        if type(error).__name__ != "SafetensorError":
+            raise
+        raise OSError(str(error)) from error
 
 
 def _folder(run: RunDir, step: int) -> Path:

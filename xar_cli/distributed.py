@@ -1,17 +1,32 @@
-"""Who this process is among its peers: rank, world size, device; joining and leaving the process group."""
+"""Who this process is among its peers: rank, world size, device; joining and leaving the process group.
+
+Two groups join the ranks: the default one (NCCL or gloo) for tensors on the device, and a gloo one for what the hosts
+say to each other, so that a word between hosts never waits for a device.
+"""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+import socket
+import struct
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
+from typing import TypeVar
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.tensor import DTensor, distribute_tensor
 
 from xar_cli.errors import UserError
+
+Value = TypeVar("Value")
+
+HOST_TIMEOUT_MINUTES = 60  # rank 0 may write a large checkpoint while the others wait
+TIMEOUT_SECONDS = 600.0  # how long ranks wait for each other, at the start and in a collective
+SIOCGIFADDR = 0x8915  # Linux: the address of a network interface
 
 
 @dataclass(frozen=True)
@@ -23,12 +38,14 @@ class Ranks:
         local_rank: its number on this machine.
         world_size: processes in all.
         device: where its tensors live.
+        hosts: the group for words between hosts; None is the default group.
     """
 
     rank: int
     local_rank: int
     world_size: int
     device: torch.device
+    hosts: dist.ProcessGroup | None = None
 
     @property
     def is_main(self) -> bool:
@@ -38,21 +55,60 @@ class Ranks:
     def barrier(self) -> None:
         """Wait for all ranks; nothing on one rank."""
         if self.world_size > 1:
-            dist.barrier()
+            dist.barrier(self.hosts)
 
-    def sum(self, tensor: torch.Tensor) -> torch.Tensor:
+    def sum(self, tensor: Tensor) -> Tensor:
         """The sum of a tensor over all ranks, in place; the tensor itself on one rank."""
         if self.world_size > 1:
             dist.all_reduce(tensor)
         return tensor
+
+    def largest(self, value: int) -> int:
+        """The largest of the ranks' numbers, on every rank; spoken between hosts, no device waits."""
+        if self.world_size == 1:
+            return value
+        number = torch.tensor(value)
+        dist.all_reduce(number, dist.ReduceOp.MAX, self.hosts)
+        return int(number)
 
     def gather(self, value: object) -> list[object]:
         """One picklable value from every rank, in rank order, on every rank."""
         if self.world_size == 1:
             return [value]
         values: list[object] = [None] * self.world_size
-        dist.all_gather_object(values, value)
+        dist.all_gather_object(values, value, self.hosts)
         return values
+
+    def on_main(self, compute: Callable[[], Value]) -> Value:
+        """What `compute` gives on rank 0, on every rank; a UserError raised there is raised everywhere."""
+        if self.world_size == 1:
+            return compute()
+        outcome: list[tuple[Value | None, UserError | None] | None] = [None]
+        if self.is_main:
+            try:
+                outcome = [(compute(), None)]
+            except UserError as error:
+                outcome = [(None, error)]
+        dist.broadcast_object_list(outcome, 0, self.hosts)
+        assert outcome[0] is not None
+        value, fault = outcome[0]
+        if fault is not None:
+            raise fault
+        return value  # type: ignore[return-value]
+
+
+def whole_tensor(tensor: Tensor) -> Tensor:
+    """All of a tensor that may be sharded over the ranks (then every rank must call this)."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+@torch.no_grad()
+def assign(target: Tensor, whole: Tensor) -> None:
+    """Copy a whole tensor into one that may be sharded over the ranks (then every rank must call this)."""
+    if isinstance(target, DTensor):
+        target.copy_(distribute_tensor(whole.to(target.device), target.device_mesh, target.placements))
+    else:
+        target.copy_(whole)
 
 
 def pick_device(name: str, local_rank: int = 0) -> torch.device:
@@ -75,23 +131,79 @@ def pick_device(name: str, local_rank: int = 0) -> torch.device:
 
 
 @contextmanager
-def process_group(device: str = "auto", timeout_minutes: float = 10) -> Iterator[Ranks]:
+def process_group(device: str = "auto", timeout_seconds: float = TIMEOUT_SECONDS) -> Iterator[Ranks]:
     """Join the job that the environment describes (RANK, WORLD_SIZE, ...), and leave it when the work ends or fails.
 
     Without those variables the process is alone. Backend: NCCL with CUDA devices, gloo otherwise.
+
+    Args:
+        device: as `pick_device` takes it.
+        timeout_seconds: how long the ranks wait for each other, at the start and in a collective.
+
+    Raises:
+        UserError: the ranks did not meet in time, or the port is taken.
     """
     rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     local_rank = int(os.environ.get("LOCAL_RANK", 0))
     picked = pick_device(device, local_rank)
     if picked.type == "cuda":
         torch.cuda.set_device(picked)
-    ranks = Ranks(rank, local_rank, world_size, picked)
     if world_size == 1:
-        yield ranks
+        yield Ranks(rank, local_rank, world_size, picked)
         return
-    backend = "nccl" if picked.type == "cuda" else "gloo"
-    dist.init_process_group(backend, rank=rank, world_size=world_size, timeout=timedelta(minutes=timeout_minutes))
+    _use_interface_to(os.environ.get("MASTER_ADDR", "localhost"))
+    _meet("nccl" if picked.type == "cuda" else "gloo", rank, world_size, timeout_seconds)
     try:
-        yield ranks
+        hosts = dist.new_group(backend="gloo", timeout=timedelta(minutes=HOST_TIMEOUT_MINUTES))
+        assert isinstance(hosts, dist.ProcessGroup)
+        yield Ranks(rank, local_rank, world_size, picked, hosts)
     finally:
         dist.destroy_process_group()
+
+
+def _meet(backend: str, rank: int, world_size: int, seconds: float) -> None:
+    """Form the default group within the time limit."""
+    place = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
+    try:
+        dist.init_process_group(backend, rank=rank, world_size=world_size, timeout=timedelta(seconds=seconds))
+    except (dist.DistNetworkError, dist.DistStoreError) as error:
+        if "EADDRINUSE" in str(error) or "address already in use" in str(error):
+            raise UserError(
+                f"The port of {place} is in use.", "Choose another one: --rdzv-endpoint HOST:PORT or MASTER_PORT."
+            ) from None
+        raise UserError(
+            f"The {world_size} ranks did not meet at {place} within {seconds:.0f} seconds.",
+            "Check that all ranks were started, name the same address, and that the port is open.",
+            exit_code=1,
+        ) from error
+
+
+def local_address(host: str, port: int = 9) -> str:
+    """The address of this machine on the network that leads to `host`; nothing is sent."""
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+        probe.connect((host, port))
+        return str(probe.getsockname()[0])
+
+
+def _use_interface_to(host: str) -> None:
+    """Have gloo use the network interface that leads to `host`, unless GLOO_SOCKET_IFNAME says which.
+
+    Left alone it takes the address that this machine's own name has, which is often the loopback one.
+    """
+    if "GLOO_SOCKET_IFNAME" in os.environ:
+        return
+    try:
+        import fcntl  # not on Windows
+
+        wanted = local_address(host)
+        with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+            for _, name in socket.if_nameindex():
+                try:
+                    found = fcntl.ioctl(probe.fileno(), SIOCGIFADDR, struct.pack("256s", name.encode()[:15]))
+                except OSError:
+                    continue  # an interface without an address
+                if socket.inet_ntoa(found[20:24]) == wanted:
+                    os.environ["GLOO_SOCKET_IFNAME"] = name
+                    return
+    except (ImportError, OSError):
+        return  # gloo's own choice remains

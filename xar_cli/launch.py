@@ -8,20 +8,27 @@ from __future__ import annotations
 import importlib
 import json
 import os
+import signal
 import sys
 import tempfile
 from collections.abc import Mapping, MutableMapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+from torch.distributed import DistError
 
 from xar_cli.config.schema import Section
+from xar_cli.distributed import TIMEOUT_SECONDS, local_address
 from xar_cli.errors import UserError
 from xar_cli.logs import log, setup_logs
 
+if TYPE_CHECKING:
+    from torch.distributed.launcher.api import LaunchConfig
+
 SETTINGS_FILE = "settings.json"
 ERROR_FILE = "user-error.json"
-MINUTES_TO_MEET = 10  # how long the machines of a job wait for each other
+SECONDS_TO_STOP = 600  # what workers get to write a checkpoint after SIGTERM (torch before 2.9: 30, fixed)
 
 
 @dataclass(frozen=True)
@@ -33,7 +40,8 @@ class LaunchOptions:
         nnodes: machines.
         node_rank: number of this machine, 0 to nnodes - 1; machine 0 hosts the meeting point.
         rdzv_endpoint: host:port of machine 0; needed with more than one machine.
-        max_restarts: how often the processes are started again after one of them failed.
+        max_restarts: how often the processes are started again after one of them failed or a machine went away.
+        rdzv_timeout: seconds that the machines wait for each other.
     """
 
     nproc_per_node: int = 1
@@ -41,6 +49,7 @@ class LaunchOptions:
     node_rank: int = 0
     rdzv_endpoint: str = ""
     max_restarts: int = 0
+    rdzv_timeout: int = int(TIMEOUT_SECONDS)
 
     @property
     def world_size(self) -> int:
@@ -120,45 +129,84 @@ def _launch(stage: str, settings: Section, options: LaunchOptions) -> Mapping[st
     from torch.distributed.elastic.multiprocessing import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.elastic.rendezvous.api import RendezvousError
-    from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+    from torch.distributed.launcher.api import elastic_launch
+
+    # Some cores for each worker, unless the person has said how many.
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // options.nproc_per_node)))
+    setup_logs()
+    # Slurm's early warning is often SIGUSR1, which the elastic launcher does not pass on.
+    before = signal.signal(signal.SIGUSR1, lambda *_: os.kill(os.getpid(), signal.SIGTERM))
+    with tempfile.TemporaryDirectory(prefix="xar-launch-") as name:
+        folder = Path(name)
+        (folder / SETTINGS_FILE).write_text(settings.model_dump_json(), encoding="utf-8")
+        target = f"{type(settings).__module__}:{type(settings).__qualname__}"
+        try:
+            results = elastic_launch(_launch_config(stage, options), _worker)(stage, target, str(folder))
+        except ChildFailedError as error:
+            _raise_user_error(folder)
+            rank, failure = error.get_first_failure()
+            log.error("Rank %s failed:\n%s", rank, failure.message)
+            raise SystemExit(exit_code(failure.exitcode)) from None
+        except SignalException as error:
+            _raise_user_error(folder)
+            raise SystemExit(128 + error.sigval) from None
+        except (RendezvousError, DistError) as error:
+            _raise_user_error(folder)
+            in_use = "EADDRINUSE" in repr(error) or "already in use" in repr(error)
+            absent = (
+                f"The {options.nnodes} machines did not meet at {options.rdzv_endpoint}, or one went away: {error}."
+            )
+            raise UserError(
+                f"The port of {options.rdzv_endpoint} is in use." if in_use else absent,
+                "Check that machine 0 is up, that the port is free and open, and that all name the same endpoint.",
+                exit_code=1,
+            ) from None
+        finally:
+            signal.signal(signal.SIGUSR1, before)
+    return results[min(results)]
+
+
+def _launch_config(stage: str, options: LaunchOptions) -> LaunchConfig:
+    """What the elastic launcher is told."""
+    from torch.distributed.launcher.api import LaunchConfig
 
     single = options.nnodes == 1
-    config = LaunchConfig(
+    known = {field.name for field in fields(LaunchConfig)}
+    patience: dict[str, Any] = {"shutdown_timeout": SECONDS_TO_STOP} if "shutdown_timeout" in known else {}
+    return LaunchConfig(
         min_nodes=options.nnodes,
         max_nodes=options.nnodes,
         nproc_per_node=options.nproc_per_node,
         run_id=f"xar-{stage}",
         rdzv_backend="c10d",
         rdzv_endpoint="localhost:0" if single else options.rdzv_endpoint,
-        rdzv_configs={"is_host": options.node_rank == 0, "timeout": 60 * MINUTES_TO_MEET},
+        rdzv_configs={
+            "is_host": options.node_rank == 0,
+            "join_timeout": options.rdzv_timeout,
+            "read_timeout": options.rdzv_timeout,
+        },
+        # The name of a machine often stands for its loopback address: give the one that leads to machine 0.
+        local_addr=None if single else _address_towards(options.rdzv_endpoint),
         max_restarts=options.max_restarts,
         start_method="spawn",
         monitor_interval=0.2,
+        **patience,
     )
-    # Some cores for each worker, unless the person has said how many.
-    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // options.nproc_per_node)))
-    setup_logs()
-    with tempfile.TemporaryDirectory(prefix="xar-launch-") as name:
-        folder = Path(name)
-        (folder / SETTINGS_FILE).write_text(settings.model_dump_json(), encoding="utf-8")
-        target = f"{type(settings).__module__}:{type(settings).__qualname__}"
-        try:
-            results = elastic_launch(config, _worker)(stage, target, str(folder))
-        except ChildFailedError as error:
-            _raise_user_error(folder)
-            rank, failure = error.get_first_failure()
-            log.error("Rank %s failed:\n%s", rank, failure.message)
-            raise SystemExit(failure.exitcode if failure.exitcode > 0 else 1) from None
-        except SignalException as error:
-            _raise_user_error(folder)
-            raise SystemExit(128 + error.sigval) from None
-        except RendezvousError as error:
-            raise UserError(
-                f"The {options.nnodes} machines did not meet at {options.rdzv_endpoint}: {error}.",
-                "Check that machine 0 is up, that the port is free and open, and that all name the same endpoint.",
-                exit_code=1,
-            ) from None
-    return results[min(results)]
+
+
+def _address_towards(endpoint: str) -> str:
+    host, _, port = endpoint.rpartition(":")
+    try:
+        return local_address(host, int(port))
+    except OSError as error:
+        raise UserError(
+            f"There is no way from here to {endpoint}: {error}.", "Check the host name and the network."
+        ) from None
+
+
+def exit_code(code: int) -> int:
+    """A worker's exit code as a shell gives it: one that was killed by signal 9 has 137."""
+    return 128 - code if code < 0 else code or 1
 
 
 def _raise_user_error(folder: Path) -> None:
@@ -171,6 +219,8 @@ def _raise_user_error(folder: Path) -> None:
 def _worker(stage: str, settings_class: str, folder: str) -> Mapping[str, Any]:
     """What runs in every started process."""
     setup_logs(int(os.environ["RANK"]))
+    if os.environ["LOCAL_RANK"] == "0":
+        (Path(folder) / ERROR_FILE).unlink(missing_ok=True)  # of an attempt before a restart
     text = (Path(folder) / SETTINGS_FILE).read_text(encoding="utf-8")
     try:
         return _function(stage)(_function(settings_class).model_validate_json(text))

@@ -11,6 +11,8 @@ from collections.abc import Iterable, Mapping, Sequence
 import torch
 from torch import Tensor
 
+from xar_cli.distributed import assign
+
 
 class WeightAverages:
     """One running average of all parameters per decay: average = decay * average + (1 - decay) * weight.
@@ -41,7 +43,7 @@ class WeightAverages:
     def load(self, decay: float, tensors: Mapping[str, Tensor]) -> None:
         """Set the average of one decay."""
         for name, average in self.tensors(decay).items():
-            average.copy_(tensors[name])
+            assign(average, tensors[name])
 
 
 def ema_group(decay: float) -> str:

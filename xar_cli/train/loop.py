@@ -1,51 +1,72 @@
 """The training loop: one readable page from a latent cache to a finished run.
 
-Legend: G global batch, A accumulation steps, B images of one forward pass, N tokens, C channels.
+What a step is stands in step.py, what is carried from step to step in state.py, what a run folder may hold in run.py.
 """
 
 from __future__ import annotations
 
-import math
-import signal
 import time
-from collections.abc import Iterator
-from contextlib import closing, contextmanager
+from collections.abc import Generator
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
-from torch.nn.utils import clip_grad_norm_
 
-from xar_cli.checkpoint import CheckpointWriter, latest_checkpoint
+from xar_cli.checkpoint import Checkpoint, CheckpointWriter, latest_checkpoint
 from xar_cli.config.schema import Config, Section
 from xar_cli.data.latents import LatentReader
 from xar_cli.data.loader import LatentLoader
-from xar_cli.data.sharding import SampleStream, micro_batch
-from xar_cli.distributed import Ranks, process_group
+from xar_cli.data.sharding import SampleStream
+from xar_cli.distributed import TIMEOUT_SECONDS, Ranks, process_group
 from xar_cli.errors import UserError
-from xar_cli.logs import MetricsWriter, log, progress
-from xar_cli.precision import autocast, set_matmul_precision
+from xar_cli.evaluate import Settings as Measure
+from xar_cli.logs import Progress, log, progress, read_metrics
+from xar_cli.precision import set_matmul_precision
 from xar_cli.run_dir import RunDir
-from xar_cli.tokenizer.codec import sample_latents
-from xar_cli.train.compiling import compile_blocks
-from xar_cli.train.draws import StepDraws, draw_mirrored, draw_step, seed_dropout
-from xar_cli.train.objective import velocity_loss
+from xar_cli.train.cost import peak_flops
+from xar_cli.train.draws import draw_mirrored, draw_step
+from xar_cli.train.initial import init_from
 from xar_cli.train.plan import TrainPlan, make_plan
-from xar_cli.train.run import check_cache, check_run, cut_metrics, open_run
-from xar_cli.train.schedule import learning_rate
+from xar_cli.train.preflight import batch_limit, first_batch, on_all_ranks
+from xar_cli.train.preview import Preview
+from xar_cli.train.records import Records, check_loggers
+from xar_cli.train.run import check_agreement, check_cache, check_run, cut_metrics, open_run
+from xar_cli.train.signals import stop_signals
 from xar_cli.train.state import TrainState
+from xar_cli.train.step import take_step
+from xar_cli.train.window import BadStep, Window
 
-MAX_BAD_STEPS = 20  # this many non-finite steps in a row end the run
+# Beside the progress bar, each with its format.
+SHOWN = {"loss": ".4f", "lr": ".1e", "grad_norm": ".2f", "images_per_second": ".0f", "mfu": ".0%"}
 
 
 class TrainSettings(Section):
-    """What `xar train` was asked for; crosses the process border as JSON."""
+    """What `xar train` was asked for; crosses the process border as JSON.
+
+    Attributes:
+        config: the recipe.
+        data: the latent cache.
+        out: the run folder.
+        device: auto, cpu, cuda or cuda:N.
+        init_from: weights to start a new run from; a file, a run folder or an hf:// name.
+        allow_recipe_change: go on with a run whose recipe was changed where its checkpoints still hold.
+        tokenizer_weights: file of KL-16's weights, for previews and evaluations.
+        reference: real images or their statistics, for evaluations.
+        measure: how to evaluate.
+        timeout: seconds that ranks wait for each other.
+    """
 
     config: Config
     data: Path
     out: Path
     device: str = "auto"
+    init_from: str | None = None
+    allow_recipe_change: bool = False
+    tokenizer_weights: Path | None = None
+    reference: Path | None = None
+    measure: Measure = Measure()
+    timeout: float = TIMEOUT_SECONDS
 
 
 def train(settings: TrainSettings) -> dict[str, Any]:
@@ -55,38 +76,49 @@ def train(settings: TrainSettings) -> dict[str, Any]:
         What `--json` prints: run folder, steps, last loss, seconds.
 
     Raises:
-        UserError: the cache does not fit the recipe, the folder belongs to another run, the loss stays non-finite.
+        UserError: the cache does not fit the recipe, the folder belongs to another run, the ranks differ, the loss
+            stays non-finite (exit code 1), the run was stopped by a signal (128 + its number).
     """
-    with process_group(settings.device) as ranks, LatentReader(settings.data) as reader:
-        config = settings.config
-        check_cache(reader, config)
-        plan = make_plan(config, ranks.world_size, reader.num_samples)
-        run = check_run(settings.out, config, plan.disk_bytes)
-        if ranks.is_main:
-            open_run(run, config, settings.data, reader)
-        ranks.barrier()
-        state = TrainState.fresh(config, ranks.device)
-        checkpoint = latest_checkpoint(run)
-        if checkpoint is not None:
-            state.load(checkpoint)
-            log.info("Going on with '%s' at step %d of %d.", run.root, state.step, plan.total_steps)
-        if ranks.is_main:
-            cut_metrics(run, state.step)
-        return _run_steps(state, plan, reader, run, ranks)
+    config, run = settings.config, RunDir(settings.out)
+    with process_group(settings.device, settings.timeout) as ranks, LatentReader(settings.data) as reader:
+        on_all_ranks(ranks, lambda: check_cache(reader, config))
+        check_agreement(ranks, config, reader)
+        ranks.on_main(lambda: check_loggers(config.train.loggers))
+        newest = ranks.on_main(lambda: _newest(run))
+        plan = make_plan(config, ranks.world_size, reader.num_samples, _batch_limit(settings, ranks, newest))
+        ranks.on_main(lambda: check_run(settings.out, config, plan.disk_bytes, settings.allow_recipe_change) and None)
+        preview = _preview(settings, run, ranks)
+
+        set_matmul_precision(config.train.precision)
+        state = TrainState.fresh(config, ranks.device, ranks)
+        if newest is not None:
+            state.load(newest)
+            _say_where(run, state, plan, newest, ranks)
+        elif settings.init_from is not None:
+            init_from(state, settings.init_from, reader.class_names)
+        if state.step < plan.total_steps:
+            with closing(batches_from(config, plan, reader, ranks, state.step)) as batches:
+                on_all_ranks(ranks, lambda: first_batch(state, plan, batches, ranks))
+        ranks.on_main(lambda: open_run(run, config, settings.data, reader, plan.as_dict()))
+        ranks.on_main(lambda: cut_metrics(run, state.step))
+        return _run_steps(state, plan, reader, run, ranks, preview)
 
 
-def dry_run_plan(config: Config, data: Path | None, out: Path, world_size: int) -> TrainPlan:
+def dry_run_plan(
+    config: Config, data: Path | None, out: Path, world_size: int, allow_recipe_change: bool = False
+) -> TrainPlan:
     """The plan of a run, with every check that can be made before it starts; nothing is written.
 
-    Without a latent cache the plan is for the number of images that the recipe states, perhaps for another machine:
-    this one's disk is not asked then.
+    Without a latent cache the plan is for the number of images that the recipe states.
     """
-    if data is None:
-        return make_plan(config, world_size, config.data.num_images)
-    with LatentReader(data) as reader:
-        check_cache(reader, config)
-        plan = make_plan(config, world_size, reader.num_samples)
-    check_run(out, config, plan.disk_bytes)
+    num_images = config.data.num_images
+    if data is not None:
+        with LatentReader(data) as reader:
+            check_cache(reader, config)
+            num_images = reader.num_samples
+    check_loggers(config.train.loggers)
+    plan = make_plan(config, world_size, num_images)
+    check_run(out, config, plan.disk_bytes, allow_recipe_change)
     return plan
 
 
@@ -94,172 +126,180 @@ def seconds_per_step(config: Config, data: Path, device: str, steps: int = 8) ->
     """The median time of an optimizer step on this machine, measured on a state that is thrown away."""
     with process_group(device) as ranks, LatentReader(data) as reader:
         plan = make_plan(config, ranks.world_size, reader.num_samples)
-        state, window = TrainState.fresh(config, ranks.device), _Window(ranks.device)
-        batches = iter(_loader(config, plan, reader, ranks, start_step=0))
+        state = TrainState.fresh(config, ranks.device, ranks)
+        window = Window(ranks, state.model.grouping.lengths)
         times = []
-        for _ in range(steps):
-            began = time.monotonic()
-            _step(state, plan, batches, ranks, window)
-            window.read(state.step, plan, 0.0)
-            times.append(time.monotonic() - began)
+        with closing(batches_from(config, plan, reader, ranks, first_step=0)) as batches:
+            for _ in range(steps):
+                began = time.monotonic()
+                take_step(state, plan, batches, ranks, window)
+                window.read(state.step, plan.global_batch_size)
+                times.append(time.monotonic() - began)
         return sorted(times)[steps // 2]
 
 
-def _loader(config: Config, plan: TrainPlan, reader: LatentReader, ranks: Ranks, start_step: int) -> LatentLoader:
+def batches_from(
+    config: Config, plan: TrainPlan, reader: LatentReader, ranks: Ranks, first_step: int
+) -> Generator[tuple[Tensor, Tensor], None, None]:
     """The micro-batches of this rank, from a step on; mirrored with p = 0.5 where the recipe says so."""
     seed, batch = config.train.seed, plan.global_batch_size
-    return LatentLoader(
+    yield from LatentLoader(
         reader, SampleStream(plan.num_images, batch, seed), ranks.rank, ranks.world_size, plan.accumulation_steps,
-        start_step, mirrored=(lambda step: draw_mirrored(seed, step, batch)) if config.data.mirror else None,
+        first_step, mirrored=(lambda step: draw_mirrored(seed, step, batch)) if config.data.mirror else None,
         pin_memory=ranks.device.type == "cuda",
     )  # fmt: skip
 
 
-def _run_steps(state: TrainState, plan: TrainPlan, reader: LatentReader, run: RunDir, ranks: Ranks) -> dict[str, Any]:
-    """Take the remaining steps, logging and saving as the recipe says."""
-    config = state.config
-    began = time.monotonic()
-    set_matmul_precision(config.train.precision)
-    if config.train.compile:
-        compile_blocks(state.model)
-    writer = CheckpointWriter(run, config.train.keep_last)
-    metrics = MetricsWriter(run.metrics)
-    window = _Window(ranks.device)
-    last: dict[str, Any] = {}
+def _run_steps(
+    state: TrainState, plan: TrainPlan, reader: LatentReader, run: RunDir, ranks: Ranks, preview: Preview | None
+) -> dict[str, Any]:
+    """Take the remaining steps, logging, looking and saving as the recipe says."""
+    config, began = state.config.train, time.monotonic()
+    writer = CheckpointWriter(run, config.keep_last, config.keep_every, writes=ranks.is_main)
+    records = Records(run, state.config, state.step, enabled=ranks.is_main)
+    window = Window(ranks, state.model.grouping.lengths)
+    steps_per_evaluation = round(config.eval_every * plan.num_images / plan.global_batch_size)
+    facts = {"world_size": ranks.world_size, "batch_size_per_rank": plan.batch_size_per_rank}
     with (
-        closing(writer), closing(metrics), _stop_signals() as stop,
+        closing(writer), closing(records), stop_signals() as request,
         progress(plan.total_steps, "train", "step", initial=state.step, enabled=ranks.is_main) as bar,
+        closing(batches_from(state.config, plan, reader, ranks, state.step)) as batches,
     ):  # fmt: skip
-        batches = iter(_loader(config, plan, reader, ranks, state.step))
         while state.step < plan.total_steps:
-            _step(state, plan, batches, ranks, window)
-            state.step += 1
-            final = state.step == plan.total_steps
-            if state.step % config.train.log_every == 0 or final:
-                last = window.read(state.step, plan, state.step * plan.global_batch_size / plan.num_images)
-                if ranks.is_main:
-                    metrics.write(**last)
-                bar.update(
-                    state.step - bar.done, loss=f"{last['loss']:.4f}", lr=f"{last['lr']:.1e}",
-                    images_per_s=f"{last['images_per_second']:.0f}",
-                )  # fmt: skip
-                if last["bad_steps_in_a_row"] >= MAX_BAD_STEPS:
-                    raise UserError(
-                        f"The loss was not finite for {last['bad_steps_in_a_row']} steps in a row, up to step {state.step}.",
-                        "Go on from the last checkpoint with a lower --set train.base_lr, or --set train.precision=tf32.",
-                        exit_code=1,
-                    )
-            if ranks.is_main and (state.step % config.train.checkpoint_every == 0 or final or stop):
-                writer.save(state.step, state.groups(), {"world_size": ranks.world_size})
-            if stop and not final:
-                writer.wait()
+            take_step(state, plan, batches, ranks, window)
+            final, stopped = state.step == plan.total_steps, request.agreed(ranks)
+
+            def due(every: int, final: bool = final) -> bool:
+                return bool(every) and (final or state.step % every == 0)
+
+            bad_in_a_row = 0
+            if due(config.log_every) or stopped:
+                bad_in_a_row = _log(state, plan, reader, ranks, window, records, bar)
+            hopeless = bad_in_a_row >= config.max_bad_steps
+            if due(config.checkpoint_every) or stopped or hopeless:
+                writer.save(state.step, state.groups(), facts)
+            if preview is not None and not stopped:
+                paused = window.pause()
+                if due(config.preview_every):
+                    records.image(state.step, preview.save_grid(state))
+                if due(steps_per_evaluation):
+                    records.write({"step": state.step, "evaluation": preview.evaluate(state)})
+                window.resume(paused)
+            if final or stopped or hopeless:
+                _finish_writing(writer, state, ranks)
+            if hopeless:
                 raise UserError(
-                    f"Stopped by {stop[0]} after step {state.step}; a checkpoint is written.",
-                    "The same command goes on from there.",
-                    exit_code=128 + signal.Signals[stop[0]].value,
+                    f"The loss or gradient was not finite for {bad_in_a_row} steps in a row, up to step {state.step}; "
+                    "a checkpoint from before them is written.",
+                    "Look at skipped_steps.jsonl, then go on with --allow-recipe-change and a lower "
+                    "--set train.base_lr or --set train.precision=bf16 (tf32 and fp32 are safer still).",
+                    exit_code=1,
                 )
+            if stopped and not final:
+                raise UserError(
+                    f"Stopped by {stopped.name} after step {state.step}; a checkpoint is written.",
+                    "The same command goes on from there.",
+                    exit_code=128 + stopped,
+                )
+    losses = [record["loss"] for record in read_metrics(run.metrics) if "loss" in record]
     return {
         "run": str(run.root),
         "steps": state.step,
-        "loss": last.get("loss"),
+        "loss": losses[-1] if losses else None,
         "seconds": time.monotonic() - began,
     }
 
 
-def _step(
+def _log(
     state: TrainState,
     plan: TrainPlan,
-    batches: Iterator[tuple[Tensor, Tensor]],
+    reader: LatentReader,
     ranks: Ranks,
-    window: _Window,
+    window: Window,
+    records: Records,
+    bar: Progress,
+) -> int:
+    """Write the record of the window and show it; gives the number of bad steps in a row."""
+    record, bad_steps = window.read(state.step, plan.global_batch_size)
+    speed = record["images_per_second"]
+    record["epoch"] = round(state.step * plan.global_batch_size / plan.num_images, 4)
+    record["seconds_left"] = (plan.total_steps - state.step) * plan.global_batch_size / speed
+    peak = peak_flops(ranks.device, state.config.train.precision)
+    record["mfu"] = speed * plan.flops_per_image / (peak * ranks.world_size) if peak else None
+    if state.loss_scale:
+        record["loss_scale"] = float(state.loss_scale.scale)
+    if ranks.is_main:
+        for bad_step in bad_steps:
+            _tell(bad_step, state, plan, reader, ranks, records)
+    records.write(record)
+    shown = {key: format(record[key], form) for key, form in SHOWN.items() if record[key] is not None}
+    bar.update(state.step - bar.done, **shown)
+    return int(record["bad_steps_in_a_row"])
+
+
+def _tell(
+    bad: BadStep, state: TrainState, plan: TrainPlan, reader: LatentReader, ranks: Ranks, records: Records
 ) -> None:
-    """One optimizer step: A forward and backward passes, clip, update, average. Never waits for the device."""
-    config, model, optimizer = state.config, state.model, state.optimizer
-    draws = draw_step(config, model.grouping, state.step, ranks.device)
-    loss_sum = torch.zeros((), device=ranks.device)
-    for micro_step in range(plan.accumulation_steps):
-        moments, labels = (tensor.to(ranks.device, non_blocking=True) for tensor in next(batches))
-        rows = micro_batch(plan.global_batch_size, ranks.rank, ranks.world_size, micro_step, plan.accumulation_steps)
-        seed_dropout(config.train.seed, state.step, micro_step, ranks.rank)
-        loss = _loss(state, moments, labels, draws.rows(rows)) / plan.accumulation_steps
-        loss.backward()
-        loss_sum += loss.detach()
-
-    grad_norm = clip_grad_norm_(model.parameters(), config.train.grad_clip)
-    bad = ~torch.isfinite(grad_norm)
-    lr = learning_rate(state.step, plan.total_steps, config.train)
-    for group in optimizer.param_groups:
-        group["lr"] = lr
-    optimizer.found_inf = bad.float()  # type: ignore[attr-defined]  # the fused kernel leaves the weights alone where it is 1
-    optimizer.step()
-    optimizer.zero_grad(set_to_none=True)
-    state.averages.update()
-    window.add(loss_sum, grad_norm, bad, lr)
-
-
-def _loss(state: TrainState, moments: Tensor, labels: Tensor, draws: StepDraws) -> Tensor:
-    """Mean loss of one forward pass; moments (B, 2C, H, W), labels (B,)."""
-    config, grouping = state.config, state.model.grouping
-    latents = sample_latents(moments.float(), draws.posterior_noise, config.tokenizer.latent_scale)
-    labels = torch.where(draws.drop_label, config.null_label, labels)
-    with autocast(config.train.precision, moments.device):
-        x = grouping.to_tokens(latents)
-        clean = config.train.context == "clean"
-        return velocity_loss(state.model, x, draws.noise, draws.t, labels, grouping.lengths, clean).mean()
+    """Log a skipped step with its images and timesteps; both follow from the number of the step."""
+    config = state.config
+    rows = list(bad.rows) or list(range(plan.global_batch_size))
+    indices = SampleStream(plan.num_images, plan.global_batch_size, config.train.seed).indices(bad.step)[rows]
+    t = draw_step(config, state.model.grouping, bad.step, ranks.device).t[rows].cpu()
+    what = "loss" if bad.rows else "gradient"
+    records.bad_step(
+        step=bad.step + 1,
+        not_finite=what,
+        indices=indices.tolist(),
+        labels=reader.labels[indices].tolist(),
+        timesteps=[[round(value, 5) for value in row] for row in t.tolist()],
+    )
+    log.warning(
+        "Step %d was skipped: its %s was not finite (%d images, the first is sample %d at t = %s; all are in "
+        "skipped_steps.jsonl).",
+        bad.step + 1,
+        what,
+        len(rows),
+        indices[0],
+        [round(value, 3) for value in t[0].tolist()],
+    )
 
 
-class _Window:
-    """Sums of the steps since the last record, kept on the device until they are read."""
+def _finish_writing(writer: CheckpointWriter, state: TrainState, ranks: Ranks) -> None:
+    """Wait, on all ranks, until the checkpoint is on disk; a UserError (exit code 1) if it could not be written."""
 
-    def __init__(self, device: torch.device) -> None:
-        self._loss = torch.zeros((), device=device)
-        self._bad = torch.zeros((), device=device)
-        self._bad_in_a_row = torch.zeros((), device=device)
-        self._steps = 0
-        self._began = time.monotonic()
+    def finish() -> None:
+        writer.wait()
+        if writer.fault:
+            raise UserError(
+                f"The checkpoint of step {state.step} could not be written ({writer.fault}).",
+                "Free some disk space; the same command goes on from the checkpoint before.",
+                exit_code=1,
+            )
 
-    def add(self, loss: Tensor, grad_norm: Tensor, bad: Tensor, lr: float) -> None:
-        """Count one step; nothing is read from the device."""
-        self._loss += torch.where(bad, 0, loss)
-        self._bad += bad
-        self._bad_in_a_row = (self._bad_in_a_row + 1) * bad
-        self._grad_norm, self._lr = grad_norm, lr
-        self._steps += 1
-
-    def read(self, step: int, plan: TrainPlan, epoch: float) -> dict[str, Any]:
-        """The record of this window, one wait for the device; the next window begins."""
-        good = self._steps - int(self._bad)
-        seconds = time.monotonic() - self._began
-        grad_norm = float(self._grad_norm)
-        record = {
-            "step": step,
-            "epoch": round(epoch, 4),
-            "loss": float(self._loss) / good if good else None,
-            "lr": self._lr,
-            "grad_norm": grad_norm if math.isfinite(grad_norm) else None,
-            "images_per_second": self._steps * plan.global_batch_size / seconds,
-            "skipped_steps": int(self._bad),
-            "bad_steps_in_a_row": int(self._bad_in_a_row),
-        }
-        self._loss.zero_()
-        self._bad.zero_()
-        self._steps, self._began = 0, time.monotonic()
-        return record
+    ranks.on_main(finish)
 
 
-@contextmanager
-def _stop_signals() -> Iterator[list[str]]:
-    """A list that receives the name of SIGTERM or SIGINT when one arrives; a second one acts at once."""
-    received: list[str] = []
+def _newest(run: RunDir) -> Checkpoint | None:
+    return latest_checkpoint(run) if run.exists() else None
 
-    def note(number: int, _: object) -> None:
-        if received:
-            raise KeyboardInterrupt
-        received.append(signal.Signals(number).name)
 
-    before = {number: signal.signal(number, note) for number in (signal.SIGTERM, signal.SIGINT)}
-    try:
-        yield received
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+def _batch_limit(settings: TrainSettings, ranks: Ranks, newest: Checkpoint | None) -> int:
+    same_ranks = newest is not None and newest.state.get("world_size") == ranks.world_size
+    return batch_limit(settings.config, ranks, newest.state["batch_size_per_rank"] if newest and same_ranks else None)
+
+
+def _preview(settings: TrainSettings, run: RunDir, ranks: Ranks) -> Preview | None:
+    """The preview, where the recipe asks for grids or evaluations."""
+    train = settings.config.train
+    if not (train.preview_every or train.eval_every):
+        return None
+    return Preview(settings.config, run, ranks, settings.tokenizer_weights, settings.reference, settings.measure)
+
+
+def _say_where(run: RunDir, state: TrainState, plan: TrainPlan, checkpoint: Checkpoint, ranks: Ranks) -> None:
+    log.info("Going on with '%s' at step %d of %d.", run.root, state.step, plan.total_steps)
+    before = checkpoint.state["world_size"]
+    if before != ranks.world_size:
+        log.info(
+            "It ran on %d ranks until now: data, timesteps and noise stay the same, dropout is drawn anew.", before
+        )

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Mapping
 
 import torch
 from torch import Tensor, nn
 
 from xar_cli.config.schema import TrainConfig
+from xar_cli.distributed import assign
 
 
 def build_optimizer(model: nn.Module, train: TrainConfig) -> torch.optim.AdamW:
@@ -30,10 +32,17 @@ def optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dic
 
 
 def load_optimizer(model: nn.Module, optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tensor]) -> None:
-    """Set the optimizer's state from what `optimizer_tensors` gave."""
+    """Set the optimizer's state from what `optimizer_tensors` gave, sharded as the parameters are."""
+    by_name: dict[str, dict[str, Tensor]] = defaultdict(dict)
+    for path, value in tensors.items():
+        name, _, key = path.rpartition("/")
+        by_name[name][key] = value
     for name, parameter in model.named_parameters():
-        optimizer.state[parameter] = {
-            key.rpartition("/")[2]: value.to(parameter.device)
-            for key, value in tensors.items()
-            if key.rpartition("/")[0] == name
-        }
+        state: dict[str, Tensor] = {}
+        for key, value in by_name.get(name, {}).items():
+            if value.shape == parameter.shape:
+                state[key] = torch.empty_like(parameter, requires_grad=False)
+                assign(state[key], value)
+            else:
+                state[key] = value.to(parameter.device)  # the step count
+        optimizer.state[parameter] = state

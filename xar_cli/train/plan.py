@@ -17,9 +17,10 @@ from xar_cli.errors import UserError
 from xar_cli.model import XAR
 from xar_cli.model.transformer import count_parameters
 from xar_cli.run_dir import format_bytes
+from xar_cli.train.cost import ADAM_STATES, FLOAT_BYTES, activation_bytes, state_bytes, training_flops
 
-FLOAT_BYTES = 4
-ADAM_STATES = 2
+AUTO = "auto"
+AUTO_BATCH = 64  # what a plan assumes for max_batch_per_rank: auto where no device has been asked
 
 
 @dataclass(frozen=True)
@@ -39,6 +40,7 @@ class TrainPlan:
         memory_bytes: estimate for one rank: weights, gradients, optimizer, averages, activations.
         checkpoint_bytes: size of one checkpoint.
         disk_bytes: what the run folder needs at most: the kept checkpoints and one being written.
+        flops_per_image: operations of one image's forward and backward pass.
     """
 
     parameters: int
@@ -54,20 +56,29 @@ class TrainPlan:
     memory_bytes: int
     checkpoint_bytes: int
     disk_bytes: int
+    flops_per_image: float
 
     def as_dict(self) -> dict[str, Any]:
         """The plan as JSON-ready values."""
         return asdict(self)
 
 
-def make_plan(config: Config, world_size: int, num_images: int) -> TrainPlan:
+def make_plan(config: Config, world_size: int, num_images: int, batch_limit: int | None = None) -> TrainPlan:
     """Work out a run.
+
+    Args:
+        config: the recipe.
+        world_size: ranks.
+        num_images: samples in the cache.
+        batch_limit: images of one forward pass at most; None takes the recipe's.
 
     Raises:
         UserError: the global batch cannot be divided over the ranks, or the cache holds less than one batch.
     """
     train = config.train
-    accumulation = accumulation_steps(train.global_batch_size, world_size, train.max_batch_per_rank)
+    if batch_limit is None:
+        batch_limit = AUTO_BATCH if train.max_batch_per_rank == AUTO else int(train.max_batch_per_rank)
+    accumulation = accumulation_steps(train.global_batch_size, world_size, batch_limit)
     if num_images < train.global_batch_size:
         raise UserError(
             f"The cache holds {num_images} images, fewer than one global batch of {train.global_batch_size}.",
@@ -78,8 +89,8 @@ def make_plan(config: Config, world_size: int, num_images: int) -> TrainPlan:
     stored = sum(parameter.numel() for parameter in model.parameters()) * FLOAT_BYTES
     batch = train.global_batch_size // (world_size * accumulation)
     total_steps = math.ceil(train.epochs * num_images / train.global_batch_size)
-    averages = len(train.ema_decays)
-    checkpoint = stored * (1 + ADAM_STATES + averages)
+    checkpoint = stored * (1 + ADAM_STATES + len(train.ema_decays))
+    kept = train.keep_last + (total_steps // train.keep_every if train.keep_every else 0)
     return TrainPlan(
         parameters=count_parameters(model),
         num_images=num_images,
@@ -91,9 +102,10 @@ def make_plan(config: Config, world_size: int, num_images: int) -> TrainPlan:
         peak_lr=train.lr,
         warmup_steps=round(train.warmup_fraction * total_steps),
         decay_start_step=round(train.decay_start_fraction * total_steps),
-        memory_bytes=stored * (2 + ADAM_STATES + averages) + batch * activation_bytes(config, model),
+        memory_bytes=state_bytes(config, model, world_size) + batch * activation_bytes(config, model),
         checkpoint_bytes=checkpoint,
-        disk_bytes=checkpoint * (train.keep_last + 1),
+        disk_bytes=checkpoint * (kept + 1),
+        flops_per_image=training_flops(config, model),
     )
 
 
@@ -114,34 +126,33 @@ def accumulation_steps(global_batch_size: int, world_size: int, max_batch_per_ra
     return next(a for a in range(1, per_rank + 1) if per_rank % a == 0 and per_rank // a <= max_batch_per_rank)
 
 
-def activation_bytes(config: Config, model: XAR) -> int:
-    """Estimate of what one image keeps for the backward pass.
-
-    Per token and block, in values of the compute dtype: the residual stream twice (in float32), the two modulated
-    inputs, q, k, v, the attention output and its projection, and three hidden rows of the MLP.
-    """
-    size = 2 if config.train.precision in ("bf16", "fp16") else 4
-    dim, hidden = config.model.dim, config.model.mlp_hidden
-    per_token = 2 * dim * FLOAT_BYTES + (7 * dim + 3 * hidden) * size
-    return model.grouping.num_tokens * len(model.blocks) * per_token
-
-
 def describe_plan(config: Config, plan: TrainPlan, out: Path) -> list[tuple[str, str]]:
     """The plan as rows of a table for people."""
     made_of = f"{plan.world_size} ranks x {plan.accumulation_steps} accumulation x {plan.batch_size_per_rank} images"
+    train = config.train
+    kept = f"the last {train.keep_last} kept" + (f", and every {train.keep_every:,} steps" if train.keep_every else "")
+    spread = "one rank" if plan.world_size == 1 else f"{train.parallel} on {plan.world_size} ranks"
+    schedule = (
+        f"{plan.peak_lr:g} after {plan.warmup_steps:,} steps, "
+        f"falling from step {plan.decay_start_step:,} to {train.min_lr:g}"
+    )
+    whole = plan.flops_per_image * plan.global_batch_size * plan.total_steps
     rows = [
         ("recipe", f"{config.name}: {config.description}"),
         ("parameters", f"{plan.parameters / 1e6:.1f} M"),
         ("data", f"{config.data.dataset}, {plan.num_images:,} images of {config.data.image_size} pixels"),
         ("entities", f"{config.entity.kind}, {config.grid[0]} x {config.grid[1]} tokens"),
         ("global batch", f"{plan.global_batch_size} = {made_of}"),
-        ("steps", f"{plan.total_steps:,} ({config.train.epochs:g} epochs)"),
-        ("learning rate", f"{plan.peak_lr:g} after {plan.warmup_steps:,} steps, falling from step {plan.decay_start_step:,} to {config.train.min_lr:g}"),
-        ("precision", config.train.precision),
+        ("steps", f"{plan.total_steps:,} ({train.epochs:g} epochs)"),
+        ("learning rate", schedule),
+        ("precision", train.precision + (", compiled" if train.compile else "")),
+        ("parallel", spread + (", activations recomputed" if train.activation_checkpointing else "")),
+        ("work", f"{plan.flops_per_image / 1e9:.0f} GFLOP per image, {whole / 1e18:.3g} EFLOP in all"),
         ("memory per rank", f"about {format_bytes(plan.memory_bytes)} (estimate)"),
-        ("checkpoint", f"{format_bytes(plan.checkpoint_bytes)} each, the last {config.train.keep_last} kept"),
+        ("checkpoint", f"{format_bytes(plan.checkpoint_bytes)} each, {kept}"),
+        ("disk", f"{format_bytes(plan.disk_bytes)} at most"),
         ("written to", str(out)),
-    ]  # fmt: skip
+    ]
     if config.published and config.published.fid:
-        rows.append(("published FID", f"{config.published.fid} ({config.published.source})"))
+        rows.append(("expected result", f"FID {config.published.fid} ({config.published.source})"))
     return rows

@@ -1,7 +1,8 @@
-"""Starting or going on with a run folder: which config, which data, up to where."""
+"""Starting or going on with a run folder: which recipe, which data, up to where."""
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Mapping
 from pathlib import Path
@@ -10,9 +11,25 @@ from typing import Any
 from xar_cli import __version__
 from xar_cli.config import Config, dump_config, load_config_file
 from xar_cli.data.latents import LatentReader
+from xar_cli.distributed import Ranks
 from xar_cli.errors import UserError
 from xar_cli.logs import log, read_metrics
 from xar_cli.run_dir import RunDir, require_writable, write_atomic, write_json
+
+# Changes under which a run stays the run it is; --allow-recipe-change accepts them.
+HARMLESS = frozenset({
+    "train.max_batch_per_rank", "train.parallel", "train.activation_checkpointing", "train.compile", "train.log_every",
+    "train.checkpoint_every", "train.keep_last", "train.keep_every", "train.max_bad_steps", "train.loggers",
+    "train.preview_every", "train.preview_count", "train.eval_every", "train.eval_count", "data.dataset",
+    "data.num_images",
+})  # fmt: skip
+# Changes that steer the optimisation from here on, while checkpoints still hold; accepted too, with a warning.
+STEERING = frozenset({
+    "train.precision", "train.base_lr", "train.min_lr", "train.warmup_fraction", "train.decay_start_fraction",
+    "train.epochs", "train.grad_clip", "train.weight_decay", "train.label_dropout", "model.dropout",
+})  # fmt: skip
+ALWAYS_FREE = ("name", "description")  # these say nothing about the run
+FREE_SECTIONS = ("published", "sample", "evaluate")  # read by other stages, which take their own settings
 
 
 def check_cache(reader: LatentReader, config: Config) -> None:
@@ -25,28 +42,30 @@ def check_cache(reader: LatentReader, config: Config) -> None:
         )
 
 
-def check_run(out: Path, config: Config, needed_bytes: int) -> RunDir:
+def check_run(out: Path, config: Config, needed_bytes: int, allow_change: bool = False) -> RunDir:
     """The run folder at `out`, fit to be started or gone on with; nothing is written.
 
+    Args:
+        out: the folder.
+        config: the recipe to train.
+        needed_bytes: what checkpoints need on its disk.
+        allow_change: accept a changed recipe where the checkpoints still hold.
+
     Raises:
-        UserError: the folder holds something else, or a run with another config, or its disk is too small.
+        UserError: the folder holds something else, or a run with another recipe, or its disk is too small.
     """
     run = RunDir(out)
     if run.exists():
-        differences = config_differences(load_config_file(run.config), config)
-        if differences:
-            raise UserError(
-                f"'{out}' holds a run with another config: {'; '.join(differences)}.",
-                "Give another --out, or the same settings to go on with that run.",
-            )
+        _check_changes(run, config, allow_change)
+        needed_bytes -= sum(file.stat().st_size for file in run.checkpoints.glob("step-*/*"))
     elif out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise UserError(f"'{out}' is not empty and is not a run folder.", "Give another --out.")
-    require_writable(out, needed_bytes, "checkpoints")
+    require_writable(out, max(needed_bytes, 0), "checkpoints")
     return run
 
 
-def open_run(run: RunDir, config: Config, data: Path, reader: LatentReader) -> None:
-    """Create the run folder, or check that the run there was made with the same data.
+def open_run(run: RunDir, config: Config, data: Path, reader: LatentReader, plan: Mapping[str, Any]) -> None:
+    """Create the run folder, or take note in the one there that its recipe has changed.
 
     Raises:
         UserError: the run was made with another latent cache.
@@ -58,6 +77,8 @@ def open_run(run: RunDir, config: Config, data: Path, reader: LatentReader) -> N
             "data_hash": reader.content_hash,
             "class_names": list(reader.class_names),
             "class_titles": list(reader.class_titles),
+            "plan": dict(plan),
+            "changes": [],
         }
         write_json(run.identity, identity)
         write_atomic(run.config, dump_config(config))
@@ -68,6 +89,25 @@ def open_run(run: RunDir, config: Config, data: Path, reader: LatentReader) -> N
             f"The run '{run.root}' was made with another latent cache, '{identity['data']}'.",
             "Give that cache with --data, or another --out.",
         )
+    differences = config_differences(load_config_file(run.config), config)
+    if differences or identity.get("plan") != dict(plan):
+        changes = [*identity.get("changes", []), *([list(differences.values())] if differences else [])]
+        write_json(run.identity, {**identity, "plan": dict(plan), "changes": changes})
+        write_atomic(run.config, dump_config(config))
+
+
+def check_agreement(ranks: Ranks, config: Config, reader: LatentReader) -> None:
+    """Raise a UserError on all ranks unless all have the same recipe, cache and program."""
+    recipe = hashlib.sha256(config.model_dump_json().encode()).hexdigest()
+    everyones: list[Any] = ranks.gather({"recipe": recipe, "latent cache": reader.content_hash, "xar": __version__})
+    for what, mine in everyones[0].items():
+        others = [rank for rank, theirs in enumerate(everyones) if theirs[what] != mine]
+        if others:
+            listed = ", ".join(map(str, others[:8])) + (" and more" if len(others) > 8 else "")
+            raise UserError(
+                f"Rank {listed} has another {what} than rank 0.",
+                "Start all ranks with the same command, on the same files and the same version of xar.",
+            )
 
 
 def cut_metrics(run: RunDir, step: int) -> None:
@@ -79,14 +119,35 @@ def cut_metrics(run: RunDir, step: int) -> None:
         write_atomic(run.metrics, "".join(json.dumps(record) + "\n" for record in kept))
 
 
-def config_differences(old: Config, new: Config) -> list[str]:
-    """Every value in which two configs differ, as 'train.epochs: 800 there, 400 here'."""
+def config_differences(old: Config, new: Config) -> dict[str, str]:
+    """Every value that counts in which two configs differ: key -> 'train.epochs: 800 there, 400 here'."""
     before, after = _flat(old.model_dump(mode="json")), _flat(new.model_dump(mode="json"))
-    return [
-        f"{key}: {before.get(key)} there, {after.get(key)} here"
+    return {
+        key: f"{key}: {before.get(key)} there, {after.get(key)} here"
         for key in sorted({*before, *after})
-        if before.get(key) != after.get(key) and key not in ("name", "description")
-    ]
+        if before.get(key) != after.get(key) and key not in ALWAYS_FREE and key.split(".")[0] not in FREE_SECTIONS
+    }
+
+
+def _check_changes(run: RunDir, config: Config, allow_change: bool) -> None:
+    differences = config_differences(load_config_file(run.config), config)
+    if not differences:
+        return
+    listed = "; ".join(differences.values())
+    barred = [key for key in differences if key not in HARMLESS | STEERING]
+    if barred:
+        raise UserError(
+            f"'{run.root}' holds a run with another recipe: {listed}.",
+            f"Its checkpoints do not hold for another {', '.join(barred)}: give another --out, or the same settings.",
+        )
+    if not allow_change:
+        raise UserError(
+            f"'{run.root}' holds a run with another recipe: {listed}.",
+            "Add --allow-recipe-change to go on with it, or give the same settings or another --out.",
+        )
+    steering = [text for key, text in differences.items() if key in STEERING]
+    if steering:
+        log.warning("From here on the run is optimised differently: %s.", "; ".join(steering))
 
 
 def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -30,22 +30,22 @@ def final_tensors(out):
     return {f"{group}/{name}": t for group in checkpoint.groups for name, t in checkpoint.tensors(group).items()}
 
 
-class Stop(Exception):
+class StopError(Exception):
     pass
 
 
 def train_until(monkeypatch, step, *arguments):
     """Train, and fail when optimizer step `step` is about to be taken."""
-    take_step = loop._step
+    take_step = loop.take_step
 
     def fail(state, *rest):
         if state.step == step:
-            raise Stop
+            raise StopError
         return take_step(state, *rest)
 
     with monkeypatch.context() as patch:
-        patch.setattr(loop, "_step", fail)
-        with pytest.raises(Stop):
+        patch.setattr(loop, "take_step", fail)
+        with pytest.raises(StopError):
             train(settings(*arguments))
 
 

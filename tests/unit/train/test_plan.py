@@ -51,5 +51,5 @@ def test_description_says_how_the_batch_is_made_up(tmp_path):
     config = load_recipe("huge")
     rows = dict(describe_plan(config, make_plan(config, 8, IMAGENET), tmp_path))
     assert rows["global batch"].startswith("2048 = 8 ranks x 16 accumulation x 16 images")
-    assert "1.24" in rows["published FID"]
+    assert "1.24" in rows["expected result"]
     assert str(tmp_path) in rows["written to"]

@@ -9,7 +9,9 @@ from xar_cli.data.latents import LatentReader
 from xar_cli.errors import UserError
 from xar_cli.logs import MetricsWriter, read_metrics
 from xar_cli.run_dir import RunDir
-from xar_cli.train.run import check_cache, check_run, config_differences, cut_metrics, open_run
+from xar_cli.train.run import HARMLESS, STEERING, check_cache, check_run, config_differences, cut_metrics, open_run
+
+PLAN = {"total_steps": 10}
 
 
 @pytest.fixture
@@ -21,7 +23,7 @@ def reader(tmp_path):
 @pytest.fixture
 def run(tmp_path, reader):
     run = RunDir(tmp_path / "run")
-    open_run(run, small_recipe(), tmp_path / "latents.h5", reader)
+    open_run(run, small_recipe(), tmp_path / "latents.h5", reader, PLAN)
     return run
 
 
@@ -52,8 +54,43 @@ def test_differences_of_lists_and_kinds():
     found = config_differences(
         small_recipe(), small_recipe("train.ema_decays=[0.9]", "entity={kind: subsample, stride: 2}")
     )
-    assert any(line.startswith("train.ema_decays: [0.9, 0.5] there, [0.9] here") for line in found)
-    assert any(line.startswith("entity.kind: cell there, subsample here") for line in found)
+    assert found["train.ema_decays"] == "train.ema_decays: [0.9, 0.5] there, [0.9] here"
+    assert found["entity.kind"] == "entity.kind: cell there, subsample here"
+
+
+def test_names_and_other_stages_do_not_count():
+    assert not config_differences(small_recipe(), small_recipe("name=mine", "sample.num_steps=9", "evaluate.count=7"))
+
+
+def test_harmless_changes_need_the_flag(run):
+    changed = small_recipe("train.log_every=7", "train.max_batch_per_rank=4")
+    with pytest.raises(UserError, match=r"train\.log_every: 1 there, 7 here") as caught:
+        check_run(run.root, changed, 0)
+    assert "--allow-recipe-change" in caught.value.next_step
+    assert check_run(run.root, changed, 0, allow_change=True) == run
+
+
+def test_changes_that_break_checkpoints_are_never_allowed(run):
+    for change in ("model.dim=32", "train.ema_decays=[0.9]", "train.global_batch_size=4", "train.seed=1"):
+        with pytest.raises(UserError, match=change.split("=")[0]):
+            check_run(run.root, small_recipe(change), 0, allow_change=True)
+
+
+def test_an_accepted_change_is_written_down(run, reader, tmp_path):
+    changed = small_recipe("train.base_lr=0.01")
+    open_run(run, changed, tmp_path / "latents.h5", reader, PLAN)
+    assert load_config_file(run.config) == changed
+    assert json.loads(run.identity.read_text())["changes"] == [["train.base_lr: 0.03 there, 0.01 here"]]
+
+
+def test_every_key_of_the_lists_exists():
+    keys = {
+        f"{section}.{key}"
+        for section in ("train", "data", "model")
+        for key in getattr(small_recipe(), section).model_dump()
+    }
+    assert keys >= HARMLESS | STEERING
+    assert not HARMLESS & STEERING
 
 
 def test_a_folder_of_something_else(tmp_path):
@@ -77,7 +114,7 @@ def test_another_cache_is_refused(run, tmp_path):
     finally:
         LABELS[0] = 0
     with LatentReader(other) as reader, pytest.raises(UserError, match="made with another latent cache"):
-        open_run(run, small_recipe(), other, reader)
+        open_run(run, small_recipe(), other, reader, PLAN)
 
 
 def test_mirror_without_mirror_images(tmp_path):

@@ -1,0 +1,84 @@
+"""What training costs: floating-point operations, memory, and the peak speed of known devices.
+
+Counted from shapes; a multiply-add is two operations. Legend: N tokens, K entities, D width, M hidden width.
+"""
+
+from __future__ import annotations
+
+import os
+
+import torch
+
+from xar_cli.config.schema import Config
+from xar_cli.model import XAR
+
+FLOAT_BYTES = 4
+ADAM_STATES = 2
+SHARE_OF_MEMORY = 0.85  # what a batch chosen by estimate may fill
+
+# Dense peak of matrix products in bf16, in operations per second, from the makers' data sheets.
+PEAK_BF16 = {
+    "H100 PCIe": 756e12, "H100": 989e12, "H200": 989e12, "H800": 989e12, "B200": 2250e12, "A100": 312e12,
+    "A800": 312e12, "L40S": 362e12, "L4": 121e12, "A10": 125e12, "RTX 4090": 165e12, "RTX 3090": 71e12,
+}  # fmt: skip
+
+
+def training_flops(config: Config, model: XAR) -> float:
+    """Operations of one image's forward and backward pass (three forward passes), block-causal attention."""
+    dim, hidden, lengths = config.model.dim, config.model.mlp_hidden, model.grouping.lengths
+    tokens, blocks = model.grouping.num_tokens, len(model.blocks)
+    matrices = tokens * (4 * dim * dim + 3 * dim * hidden)  # qkv and projection; fc1 (gate and value) and fc2
+    modulation = len(lengths) * 6 * dim * dim
+    visible = sum(length * end for length, end in zip(lengths, model.grouping.ends, strict=True))
+    attention = 2 * visible * dim  # scores, and the sum of values
+    ends = tokens * (2 * config.latent_channels * dim + dim * dim)
+    return 3 * 2 * (blocks * (matrices + modulation + attention) + ends)
+
+
+def peak_flops(device: torch.device, precision: str) -> float | None:
+    """The device's peak for a recipe's precision, or None where it is not known."""
+    if device.type != "cuda":
+        return None
+    name = torch.cuda.get_device_name(device)
+    peak = next((value for known, value in PEAK_BF16.items() if known in name), None)
+    if peak is None or precision == "fp32":
+        return None
+    return peak / 2 if precision == "tf32" else peak
+
+
+def activation_bytes(config: Config, model: XAR) -> int:
+    """Estimate of what one image keeps for the backward pass.
+
+    Per token and block, in values of the compute dtype: the residual stream twice (in float32), the two modulated
+    inputs, q, k, v, the attention output and its projection, and three hidden rows of the MLP. With activation
+    checkpointing: the input of every block, and one block in full.
+    """
+    size = 2 if config.train.precision in ("bf16", "fp16") else FLOAT_BYTES
+    dim, hidden = config.model.dim, config.model.mlp_hidden
+    block_input = dim * FLOAT_BYTES
+    block = 2 * block_input + (7 * dim + 3 * hidden) * size
+    count = len(model.blocks)
+    per_token = count * block_input + block if config.train.activation_checkpointing else count * block
+    return model.grouping.num_tokens * per_token
+
+
+def state_bytes(config: Config, model: XAR, world_size: int) -> int:
+    """What weights, gradients, optimizer and averages take on one rank."""
+    parameters = sum(parameter.numel() for parameter in model.parameters())
+    whole = parameters * FLOAT_BYTES * (2 + ADAM_STATES + len(config.train.ema_decays))
+    return whole // world_size if config.train.parallel == "fsdp" else whole
+
+
+def device_bytes(device: torch.device) -> int:
+    """Memory of the device; on a CPU, that of the machine."""
+    if device.type == "cuda":
+        return int(torch.cuda.get_device_properties(device).total_memory)
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+def batch_that_fits(config: Config, world_size: int, memory: int) -> int:
+    """The largest batch of one forward pass that `memory` bytes hold by estimate, at least 1."""
+    with torch.device("meta"):
+        model = XAR(config)
+    free = SHARE_OF_MEMORY * memory - state_bytes(config, model, world_size)
+    return max(1, int(free // activation_bytes(config, model)))

@@ -1,0 +1,73 @@
+"""Starting from weights that exist: published ones, another run's, with a new class table where classes differ."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from xar_cli.config.schema import Config
+from xar_cli.distributed import assign
+from xar_cli.errors import UserError
+from xar_cli.logs import log
+from xar_cli.train.state import TrainState
+from xar_cli.weights import open_weights
+
+CLASS_TABLE = "class_embedding.weight"
+
+
+def init_from(state: TrainState, source: str, class_names: Sequence[str]) -> None:
+    """Set model and averages from a source of weights, as `--init-from` does.
+
+    Classes are matched by name where both sides know their names, else by number where their count is the same. A
+    class without a match keeps its fresh embedding; the null class is always taken over.
+
+    Raises:
+        UserError: no such source, or another network (the tensors that do not fit are named).
+    """
+    config = state.config
+    found = open_weights(source)
+    theirs = dict(found.load("cpu").named_parameters())
+    ours = {name: parameter.shape for name, parameter in state.model.named_parameters()}
+    unlike = [
+        name
+        for name, shape in ours.items()
+        if name not in theirs or (theirs[name].shape != shape and name != CLASS_TABLE)
+    ]
+    if unlike or theirs[CLASS_TABLE].shape[1] != ours[CLASS_TABLE][1]:
+        raise UserError(
+            f"'{source}' is of another network than recipe '{config.name}': "
+            f"{', '.join(unlike[:3]) or CLASS_TABLE} differ.",
+            "Choose a recipe with the same width, depth, image size and entities; only the classes may differ.",
+        )
+    table = fresh_class_table(config)
+    kept = matching_classes(config, found.config, class_names, found.class_names)
+    for mine, other in kept.items():
+        table[mine] = theirs[CLASS_TABLE][other].detach()
+    log.info(
+        "Starting from '%s': %d of %d class embeddings taken over.", source, len(kept) - 1, config.data.num_classes
+    )
+    for name, parameter in state.model.named_parameters():
+        tensor = table if name == CLASS_TABLE else theirs[name].detach()
+        assign(parameter, tensor)
+        for decay in config.train.ema_decays:
+            assign(state.averages.tensors(decay)[name], tensor)
+
+
+def fresh_class_table(config: Config) -> torch.Tensor:
+    """New embeddings for all classes and the null class: (classes + 1, D), normal with deviation 0.02."""
+    generator = torch.Generator().manual_seed(config.train.seed)
+    return 0.02 * torch.randn(config.data.num_classes + 1, config.model.dim, generator=generator)
+
+
+def matching_classes(
+    ours: Config, theirs: Config, our_names: Sequence[str], their_names: Sequence[str]
+) -> dict[int, int]:
+    """Our label -> their label, for every class that both have; the null class is always among them."""
+    found = {ours.null_label: theirs.null_label}
+    if our_names and their_names:
+        places = {name: place for place, name in enumerate(their_names)}
+        found.update({label: places[name] for label, name in enumerate(our_names) if name in places})
+    elif ours.data.num_classes == theirs.data.num_classes:
+        found.update({label: label for label in range(ours.data.num_classes)})
+    return found

@@ -1,0 +1,77 @@
+"""How the model is spread over ranks and compiled: DDP, FSDP2, activation checkpointing, torch.compile per block.
+
+Each is put on in place, so parameters keep their names. From the inside out, every block is: its forward pass,
+compiled, recomputed in the backward pass, sharded.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils.checkpoint import checkpoint
+
+from xar_cli.config.schema import TrainConfig
+from xar_cli.distributed import Ranks, whole_tensor
+from xar_cli.logs import log
+from xar_cli.model import XAR
+
+
+def spread(model: XAR, train: TrainConfig, ranks: Ranks) -> nn.Module:
+    """Make a model ready for training on these ranks; returns what to call for a forward pass."""
+    if train.compile:
+        compile_blocks(model)
+    if train.activation_checkpointing:
+        for block in model.blocks:
+            block.forward = partial(checkpoint, block.forward, use_reentrant=False)
+    if ranks.world_size == 1:
+        return model
+    if train.parallel == "fsdp":
+        mesh = init_device_mesh(ranks.device.type, (ranks.world_size,))
+        for block in model.blocks:
+            fully_shard(block, mesh=mesh)
+        fully_shard(model, mesh=mesh)
+        return model
+    devices = [ranks.device.index] if ranks.device.type == "cuda" else None
+    return DistributedDataParallel(model, device_ids=devices, broadcast_buffers=False, gradient_as_bucket_view=True)
+
+
+def compile_blocks(model: XAR) -> None:
+    """Compile the blocks: one graph serves all layers. Without a C++ compiler they stay eager on a CPU."""
+    on_cpu = model.rope.device.type == "cpu"
+    if on_cpu and not any(shutil.which(name) for name in ("g++", "clang++", "c++")):
+        log.warning("No C++ compiler is installed: training runs uncompiled, which is slower.")
+        return
+    for block in model.blocks:
+        block.forward = torch.compile(block.forward)
+
+
+@contextmanager
+def synchronised(wrapped: nn.Module, last: bool) -> Iterator[None]:
+    """A forward and backward pass; gradients meet those of the other ranks only in the `last` one of a step."""
+    if isinstance(wrapped, DistributedDataParallel) and not last:
+        with wrapped.no_sync():
+            yield
+        return
+    if isinstance(wrapped, FSDPModule):
+        wrapped.set_requires_gradient_sync(last)
+    yield
+
+
+def gradient_norm(model: nn.Module) -> Tensor:
+    """Norm of the whole gradient, on every rank; stays on the device."""
+    grads = [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
+    return whole_tensor(torch.nn.utils.get_total_norm(grads))
+
+
+def scale_gradients(model: nn.Module, factor: Tensor) -> None:
+    """Multiply the gradient by a number that is on the device."""
+    grads = [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
+    torch._foreach_mul_([grad.to_local() if hasattr(grad, "to_local") else grad for grad in grads], factor)

@@ -1,0 +1,167 @@
+"""Where the records of a run go: metrics.jsonl always, TensorBoard and Weights & Biases by setting.
+
+A disk that is full does not end a run: what could not be written is kept and tried again with the next record.
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+import time
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import Any, Protocol
+
+from xar_cli.config.schema import Config
+from xar_cli.errors import UserError
+from xar_cli.logs import MetricsWriter, log
+from xar_cli.run_dir import RunDir
+
+PACKAGES = {"tensorboard": "tensorboard", "wandb": "wandb"}  # logger -> package and extra of ours
+
+
+class Logger(Protocol):
+    """A place that shows a run while it goes on."""
+
+    def write(self, step: int, values: dict[str, float]) -> None:
+        """Show some numbers of a step."""
+
+    def image(self, step: int, path: Path) -> None:
+        """Show a picture."""
+
+    def close(self) -> None:
+        """Finish."""
+
+
+class TensorBoard:
+    """Event files in RUN/tensorboard."""
+
+    def __init__(self, run: RunDir, config: Config, first_step: int) -> None:
+        from torch.utils.tensorboard import SummaryWriter
+
+        self._writer = SummaryWriter(str(run.root / "tensorboard"), purge_step=first_step + 1)
+
+    def write(self, step: int, values: dict[str, float]) -> None:
+        """Add a scalar for each value."""
+        for name, value in values.items():
+            self._writer.add_scalar(name, value, step)
+
+    def image(self, step: int, path: Path) -> None:
+        """Add a picture."""
+        import numpy as np
+        from PIL import Image
+
+        with Image.open(path) as picture:
+            self._writer.add_image("preview", np.asarray(picture.convert("RGB")), step, dataformats="HWC")
+
+    def close(self) -> None:
+        """Write what is left."""
+        self._writer.close()
+
+
+class WeightsAndBiases:
+    """A run of Weights & Biases with the name of the run folder; going on continues it."""
+
+    def __init__(self, run: RunDir, config: Config, first_step: int) -> None:
+        import hashlib
+
+        import wandb
+
+        name = run.root.resolve()
+        self._wandb = wandb
+        self._run = wandb.init(
+            project="xar", name=name.name, id=hashlib.sha256(str(name).encode()).hexdigest()[:16], resume="allow",
+            dir=str(run.root), config=config.model_dump(mode="json"),
+        )  # fmt: skip
+
+    def write(self, step: int, values: dict[str, float]) -> None:
+        """Log the values."""
+        self._run.log(values, step=step)
+
+    def image(self, step: int, path: Path) -> None:
+        """Log a picture."""
+        self._run.log({"preview": self._wandb.Image(str(path))}, step=step)
+
+    def close(self) -> None:
+        """Finish the run there."""
+        self._run.finish()
+
+
+LOGGERS: dict[str, Callable[[RunDir, Config, int], Logger]] = {"tensorboard": TensorBoard, "wandb": WeightsAndBiases}
+
+
+def check_loggers(names: Sequence[str]) -> None:
+    """Raise a UserError where the package of a logger is not installed."""
+    for name in names:
+        try:
+            importlib.import_module(PACKAGES[name])
+        except ImportError:
+            raise UserError(
+                f"train.loggers names {name}, which is not installed.", f"Install it: pip install 'xar-cli[{name}]'."
+            ) from None
+
+
+class Records:
+    """Writes the records of one run.
+
+    Args:
+        run: the run folder.
+        config: the recipe; its `train.loggers` are opened.
+        first_step: steps taken already.
+        enabled: False on ranks that write nothing.
+    """
+
+    def __init__(self, run: RunDir, config: Config, first_step: int, enabled: bool) -> None:
+        self._run, self._enabled = run, enabled
+        self._waiting: list[dict[str, Any]] = []
+        if enabled:
+            self._metrics = MetricsWriter(run.metrics)
+            self._loggers: list[Logger] = [LOGGERS[name](run, config, first_step) for name in config.train.loggers]
+
+    def write(self, record: dict[str, Any]) -> None:
+        """Add one record; it holds at least `step`."""
+        if not self._enabled:
+            return
+        self._waiting.append({**record, "time": round(time.time(), 3)})
+        try:
+            while self._waiting:
+                self._metrics.write(**self._waiting[0])
+                self._waiting.pop(0)
+        except OSError as error:
+            log.error("A record could not be written (%s): the run goes on. Free some disk space.", error)
+            self._reopen()
+        numbers = {name: float(value) for name, value in record.items() if isinstance(value, (int, float))}
+        for name, values in record.items():
+            if isinstance(values, list):
+                numbers.update({f"{name}/{place}": value for place, value in enumerate(values) if value is not None})
+        for logger in self._loggers:
+            logger.write(record["step"], numbers)
+
+    def bad_step(self, **values: Any) -> None:
+        """Add a line to RUN/skipped_steps.jsonl."""
+        if self._enabled:
+            with (self._run.root / "skipped_steps.jsonl").open("a", encoding="utf-8") as file:
+                file.write(json.dumps(values) + "\n")
+
+    def image(self, step: int, path: Path) -> None:
+        """Show a picture in the loggers."""
+        for logger in self._loggers if self._enabled else ():
+            logger.image(step, path)
+
+    def close(self) -> None:
+        """Close all."""
+        if not self._enabled:
+            return
+        try:
+            self._metrics.close()
+        except OSError as error:
+            log.error("The last records could not be written: %s.", error)
+        for logger in self._loggers:
+            logger.close()
+
+    def _reopen(self) -> None:
+        """Leave the file as a kill would: opening it cuts off a torn line."""
+        with suppress(OSError):  # its buffer cannot be written either
+            self._metrics.close()
+        self._metrics = MetricsWriter(self._run.metrics)
