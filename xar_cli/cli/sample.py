@@ -35,14 +35,28 @@ def sample(
         str | None,
         typer.Option("--class", help="Classes by number, range or name: otter,360,0-9. Default: all."),
     ] = None,
-    count: Annotated[int, typer.Option("--count", "-n", min=1, help="How many images.")] = 64,
+    count: Annotated[
+        int | None, typer.Option("--count", "-n", min=1, help="How many images. Default: as many as --grid, else 64.")
+    ] = None,
+    unbalanced: Annotated[
+        bool, typer.Option("--unbalanced", help="Allow a --count in which some class has no image.")
+    ] = False,
     seed: Annotated[int, typer.Option(min=0, help="Seed of noise and labels: image i is always image i.")] = 0,
-    solver: Annotated[str | None, typer.Option(help="euler_maruyama or euler. Default: the recipe's.")] = None,
+    solver: Annotated[
+        str | None, typer.Option(help="euler_maruyama, euler, heun or multistep. Default: the recipe's.")
+    ] = None,
     num_steps: Annotated[
-        int | None, typer.Option(help="Network evaluations per entity. Default: the recipe's.")
+        str | None,
+        typer.Option(metavar="N or N:M", help="Network evaluations per entity: 40, or 40:15 from first to last."),
     ] = None,
     guidance_scale: Annotated[
         float | None, typer.Option(help="Classifier-free guidance; 1 is none. Default: the recipe's.")
+    ] = None,
+    guidance_schedule: Annotated[
+        str | None, typer.Option(help="linear, cosine or constant over the entities. Default: the recipe's.")
+    ] = None,
+    guidance_interval: Annotated[
+        str | None, typer.Option(metavar="LOW:HIGH", help="Timesteps t between which guidance applies: 0.1:0.8.")
     ] = None,
     batch_size: Annotated[int | None, typer.Option(help="Images drawn together. Default: the recipe's.")] = None,
     ema: Annotated[bool, typer.Option("--ema/--raw", help="Averaged or raw weights, where there are both.")] = True,
@@ -51,6 +65,14 @@ def sample(
     ] = None,
     grid: Annotated[str | None, typer.Option("--grid", metavar="COLUMNSxROWS", help="Also make one picture.")] = None,
     save: Annotated[Path | None, typer.Option("--save", help="Where the picture of --grid goes.")] = None,
+    pack: Annotated[
+        list[str] | None,
+        typer.Option("--pack", metavar="npz|hdf5", help="Also put all images in one file; may be repeated."),
+    ] = None,
+    explain: Annotated[
+        Path | None,
+        typer.Option("--explain", metavar="PICTURE", help="Only draw how image 0 comes about, step by step."),
+    ] = None,
     tokenizer_weights: TokenizerWeightsOption = None,
     overrides: SetOption = None,
     device: DeviceOption = "auto",
@@ -64,30 +86,44 @@ def sample(
     """Draw images from a run (--run) or from weights (--weights). Only images that are missing are made."""
     from xar_cli.errors import UserError
     from xar_cli.launch import LaunchOptions, run
-    from xar_cli.sample.request import build_settings, parse_grid
+    from xar_cli.sample.request import (
+        build_settings,
+        check_balance,
+        choose_count,
+        parse_grid,
+        parse_packs,
+        sampling_overrides,
+    )
     from xar_cli.sample.stage import describe_settings, save_grid
 
     source = weights or run_folder
     if source is None or (weights and run_folder):
         raise UserError("One source of weights is needed.", "Give --run RUN, or --weights FILE.")
-    chosen = {
-        "solver": solver, "num_steps": num_steps, "guidance_scale": guidance_scale, "batch_size": batch_size,
-    }  # fmt: skip
-    columns, rows = parse_grid(grid) if grid else (0, 0)
-    settings = build_settings(
-        source, recipe, [*(overrides or ()), *(f"sample.{key}={value}" for key, value in chosen.items() if value is not None)],
-        ema=ema, classes=classes, count=max(count, columns * rows), seed=seed, out=out,
-        tokenizer_weights=tokenizer_weights, device=device,
+    cells = parse_grid(grid) if grid else None
+    changes = sampling_overrides(
+        solver=solver, num_steps=num_steps, guidance_scale=guidance_scale, guidance_schedule=guidance_schedule,
+        guidance_interval=guidance_interval, batch_size=batch_size,
     )  # fmt: skip
+    settings = build_settings(
+        source, recipe, [*(overrides or ()), *changes], ema=ema, classes=classes, count=choose_count(count, cells),
+        seed=seed, out=out, tokenizer_weights=tokenizer_weights, device=device, packs=parse_packs(pack or ()),
+    )  # fmt: skip
+    if count is not None and not unbalanced:
+        check_balance(count, len(settings.classes))
     if dry_run:
         plan = describe_settings(settings)
         typer.echo(json.dumps(dict(plan))) if as_json else print_rows(plan)
         return
-    launch = LaunchOptions(nproc_per_node, nnodes, node_rank, rdzv_endpoint)
-    result = dict(run("xar_cli.sample.stage:sample", settings, launch))
-    if columns:
+    if explain:
+        from xar_cli.sample.explain import explain as save_explanation
+
+        result: dict[str, object] = {"picture": str(save_explanation(settings, explain))}
+    else:
+        launch = LaunchOptions(nproc_per_node, nnodes, node_rank, rdzv_endpoint)
+        result = dict(run("xar_cli.sample.stage:sample", settings, launch))
+    if cells and not explain:
         result["grid"] = str(save or settings.out.with_name(f"{settings.out.name}-grid.png"))
-        save_grid(settings.out, columns * rows, columns, Path(result["grid"]))
+        save_grid(settings.out, cells[0] * cells[1], cells[0], Path(str(result["grid"])))
     if as_json:
         typer.echo(json.dumps(result))
     else:

@@ -6,6 +6,7 @@ Legend: B rows, K entities, N tokens of the pass, C channels, D width.
 
 from __future__ import annotations
 
+import shutil
 from typing import cast
 
 import torch
@@ -16,7 +17,15 @@ from xar_cli.model import XAR, KVCache
 from xar_cli.model.transformer import Block
 from xar_cli.precision import AUTOCAST_DTYPES
 
+# Compiling takes about a minute of a CPU or a GPU that would do so much work meanwhile: FLOP, both rounded down.
+COMPILE_PAYS_FROM = {"cpu": 5e13, "cuda": 1e16}
 TABLE_BYTES = 512 * 1024**2  # modulation beyond this is computed again instead of kept
+
+
+def compile_pays(flops: float, device: torch.device) -> bool:
+    """Whether a job of so many FLOP is worth the time of compiling, and there is a compiler."""
+    has_compiler = device.type != "cpu" or any(shutil.which(name) for name in ("g++", "clang++", "c++"))
+    return has_compiler and flops >= COMPILE_PAYS_FROM.get(device.type, float("inf"))
 
 
 def prepare_network(model: XAR, precision: str, compiled: bool = False) -> XAR:

@@ -1,0 +1,108 @@
+"""`xar sample --explain`: one image on its way from noise, entity by entity and step by step, as one picture."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TypeVar
+
+import numpy as np
+import torch
+from PIL import Image, ImageDraw, ImageFont
+from torch import Tensor
+
+from xar_cli.distributed import process_group
+from xar_cli.model.entities import Grouping
+from xar_cli.sample.images import to_pil
+from xar_cli.sample.noise import balanced_label
+from xar_cli.sample.settings import SampleSettings
+from xar_cli.sample.stage import draw_images, load_codec, ready_network
+from xar_cli.weights import load_weights
+
+T = TypeVar("T")
+MAX_ROWS, MAX_COLUMNS = 8, 8
+TILE, GAP, CAPTION, MARGIN = 112, 4, 18, 92  # pixels of the picture
+
+
+@dataclass(frozen=True)
+class Moment:
+    """The image as it stood when one entity had reached timestep t: latents (C, H, W)."""
+
+    entity: int
+    t: float
+    latents: Tensor
+
+
+def explain(settings: SampleSettings, path: Path) -> Path:
+    """Draw image 0 of the settings and save the picture of its making.
+
+    A row is an entity (at most 8 of them, evenly chosen), a column a timestep: finished entities, the one under way,
+    and zeros where nothing has come yet, all decoded as the image would be.
+
+    Raises:
+        UserError: weights that do not fit.
+    """
+    with process_group(settings.device) as ranks:
+        config = settings.config
+        model, _ = load_weights(settings.weights, config, ema=settings.ema, device=ranks.device)
+        codec = load_codec(settings, ranks.device)
+        record = Recorder(model.grouping)
+        label = balanced_label(settings.seed, 0, settings.classes)
+        draw_images(
+            config, ready_network(settings, model, 1), codec, settings.seed, [0], [label], ranks.device, record.note
+        )
+        rows = choose(record.moments, model.grouping.num_entities)
+        tiles = [[codec.images(moment.latents[None])[0].cpu().numpy() for moment in row] for row in rows]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    picture(rows, tiles, model.grouping.num_entities).save(path)
+    return path
+
+
+class Recorder:
+    """Keeps what the sampler shows of the first image of a batch."""
+
+    def __init__(self, grouping: Grouping) -> None:
+        self.moments: list[Moment] = []
+        self._grouping = grouping
+        self._done: list[Tensor] = []
+
+    def note(self, entity: int, t: float, x: Tensor) -> None:
+        """An observer of the sampler; the entity's result comes last, with t = 0."""
+        del self._done[entity:]
+        self._done.append(x[:1].float())
+        latents = self._grouping.partial_latents(torch.cat(self._done, dim=1))
+        self.moments.append(Moment(entity, t, latents[0]))
+
+
+def choose(moments: list[Moment], num_entities: int) -> list[list[Moment]]:
+    """Evenly chosen moments of evenly chosen entities, the first and the last always among them."""
+    rows = []
+    for entity in evenly(range(num_entities), MAX_ROWS):
+        rows.append(evenly([moment for moment in moments if moment.entity == entity], MAX_COLUMNS))
+    return rows
+
+
+def evenly(items: Sequence[T], count: int) -> list[T]:
+    """At most `count` of the items at even distances, first and last included."""
+    places = np.linspace(0, len(items) - 1, min(count, len(items))).round().astype(int)
+    return [items[place] for place in places]
+
+
+def picture(rows: list[list[Moment]], tiles: list[list[np.ndarray]], num_entities: int) -> Image.Image:
+    """The tiles in rows and columns, with entity and timestep written beside and above them."""
+    columns = max(len(row) for row in rows)
+    width, height = MARGIN + columns * (TILE + GAP), len(rows) * (TILE + CAPTION + GAP)
+    canvas = Image.new("RGB", (width, height), "white")
+    pen, font = ImageDraw.Draw(canvas), ImageFont.load_default(size=13)
+    for number, (row, images) in enumerate(zip(rows, tiles, strict=True)):
+        top = number * (TILE + CAPTION + GAP)
+        text = f"entity {row[0].entity + 1}\nof {num_entities}"
+        pen.multiline_text((6, top + CAPTION + TILE // 2 - 16), text, fill="black", font=font)
+        for column, (moment, image) in enumerate(zip(row, images, strict=True)):
+            left = MARGIN + column * (TILE + GAP)
+            pen.text((left + 2, top), f"t = {moment.t:.2f}", fill="black", font=font)
+            small = image.shape[-1] < TILE
+            resample = Image.Resampling.NEAREST if small else Image.Resampling.LANCZOS
+            canvas.paste(to_pil(image).convert("RGB").resize((TILE, TILE), resample), (left, top + CAPTION))
+    return canvas

@@ -1,0 +1,92 @@
+"""manifest.json of a folder of samples: what was asked for, so that the same images can be made again or completed."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from xar_cli.errors import UserError
+from xar_cli.run_dir import require_writable
+from xar_cli.sample.noise import balanced_label
+from xar_cli.sample.plan import SamplingPlan
+from xar_cli.sample.settings import SampleSettings
+
+MANIFEST = "manifest.json"
+MANIFEST_FORMAT = {"format": "xar-samples", "version": 1}
+FREE_KEYS = ("count", "labels", "weights", "config", "class_names")  # may differ where a folder is completed
+PNG_OVERHEAD = 4096  # bytes beside the pixels: header and the file system's block
+
+
+def make_manifest(settings: SampleSettings, weights_sha256: str) -> dict[str, Any]:
+    """Everything that is needed to make the same images again."""
+    config, plan = settings.config, SamplingPlan.of(settings.config)
+    uniform = len(set(plan.num_steps)) == 1
+    return {
+        **MANIFEST_FORMAT,
+        "recipe": config.name,
+        "weights": settings.weights,
+        "weights_sha256": weights_sha256,
+        "ema": settings.ema,
+        "seed": settings.seed,
+        "solver": plan.solver,
+        "num_steps": plan.num_steps[0] if uniform else list(plan.num_steps),
+        "guidance_scale": config.sample.guidance_scale,
+        "guidance_schedule": config.sample.guidance_schedule,
+        "guidance_interval": list(plan.interval),
+        "precision": config.train.precision,
+        "image_size": config.data.image_size,
+        "image_channels": config.data.image_channels,
+        "count": settings.count,
+        "class_names": list(settings.class_names),
+        "labels": [balanced_label(settings.seed, index, settings.classes) for index in range(settings.count)],
+        "config": config.model_dump(mode="json"),
+    }
+
+
+def check_out(out: Path, manifest: Mapping[str, Any]) -> None:
+    """Refuse a folder that cannot take these images; nothing is written.
+
+    Raises:
+        UserError: the folder holds images made with other settings (the differences are named) or other files, or its
+            disk is too small.
+    """
+    bytes_per_image = manifest["image_size"] ** 2 * manifest["image_channels"] + PNG_OVERHEAD
+    require_writable(out, manifest["count"] * bytes_per_image, "images")
+    path = out / MANIFEST
+    if not path.exists():
+        if out.exists() and (not out.is_dir() or any(out.iterdir())):
+            raise UserError(f"'{out}' is not empty and has no {MANIFEST}.", "Give another --out.")
+        return
+    found = differences(_read(path), manifest)
+    if found:
+        raise UserError(
+            f"'{out}' holds images made with other settings: {'; '.join(found)}.",
+            "Give another --out, or the same settings to make what is missing.",
+        )
+
+
+def differences(there: Mapping[str, Any], here: Mapping[str, Any]) -> list[str]:
+    """What keeps images of two manifests from lying in one folder; more images than before are no difference."""
+    found = [
+        f"{key}: {there.get(key)} there, {value} here"
+        for key, value in here.items()
+        if key not in FREE_KEYS and there.get(key) != value
+    ]
+    common = min(len(there["labels"]), here["count"])
+    if there["labels"][:common] != here["labels"][:common] and not found:
+        found.append("other classes")
+    if here["count"] < there["count"]:
+        found.append(f"count: {there['count']} there, {here['count']} here")
+    return found
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        found = {}
+    if not isinstance(found, dict) or not {"labels", "count"} <= found.keys():
+        raise UserError(f"'{path}' is damaged or not a manifest of samples.", "Give another --out.")
+    return found
