@@ -141,9 +141,7 @@ def from_diffusers(state: Mapping[str, Tensor], expected: Mapping[str, torch.Siz
     for name, tensor in state.items():
         for pattern, replacement in _DIFFUSERS_NAMES:
             name = re.sub(pattern, replacement, name)
-        name = re.sub(
-            r"^decoder\.up\.(\d+)", lambda m: f"decoder.up.{len(MULTIPLIERS) - 1 - int(m[1])}", name
-        )
+        name = re.sub(r"^decoder\.up\.(\d+)", lambda m: f"decoder.up.{len(MULTIPLIERS) - 1 - int(m[1])}", name)
         if name in expected and len(expected[name]) == 4 and tensor.ndim == 2:
             tensor = tensor[:, :, None, None]
         renamed[name] = tensor
@@ -314,9 +312,7 @@ class AttentionBlock(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """(B, C, H, W) -> (B, C, H, W)."""
         h = self.norm(x)
-        q, k, v = (
-            layer(h).flatten(2).transpose(1, 2)[:, None] for layer in (self.q, self.k, self.v)
-        )  # (B, 1, HW, C)
+        q, k, v = (layer(h).flatten(2).transpose(1, 2)[:, None] for layer in (self.q, self.k, self.v))  # (B, 1, HW, C)
         h = F.scaled_dot_product_attention(q, k, v)[:, 0].transpose(1, 2).reshape(x.shape)  # (B, C, H, W)
         return x + self.proj_out(h)
 

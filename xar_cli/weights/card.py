@@ -48,19 +48,13 @@ def read_results(path: Path) -> dict[str, Any]:
     return result
 
 
-def model_card(
-    weights: WeightsFile, repo: str, results: Sequence[Mapping[str, Any]], licence: str | None
-) -> str:
+def model_card(weights: WeightsFile, repo: str, results: Sequence[Mapping[str, Any]], licence: str | None) -> str:
     """The README.md of a repository on the hub: what the model is, how to use it, how good it is."""
     config = weights.config
     parameters = num_parameters(config) / 1e6
     source = f"hf://{repo}/{WEIGHTS_NAME}"
     tokenizer = " --tokenizer-weights kl16.ckpt" if config.tokenizer.kind == "kl16" else ""
-    taken = [
-        f"{key} {value}"
-        for key, value in (("epoch", weights.epoch), ("step", weights.step))
-        if value is not None
-    ]
+    taken = [f"{key} {value}" for key, value in (("epoch", weights.epoch), ("step", weights.step)) if value is not None]
     entity = ", ".join(str(value) for value in config.entity.model_dump().values())
     front = [
         "---",
@@ -111,11 +105,7 @@ def _results_table(results: Sequence[Mapping[str, Any]]) -> list[str]:
     rows = ["| metric | value | protocol | images | reference |", "|---|---|---|---|---|"]
     for result in results:
         where = f"{result['protocol']} | {result['count']} | {result['reference']}"
-        rows += [
-            f"| {name} | {value:.4g} | {where} |"
-            for name, value in _numbers(result)
-            if name not in _NOT_RESULTS
-        ]
+        rows += [f"| {name} | {value:.4g} | {where} |" for name, value in _numbers(result) if name not in _NOT_RESULTS]
     return rows
 
 

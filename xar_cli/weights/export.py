@@ -40,9 +40,7 @@ def export_weights(weights: WeightsFile, out: Path, layout: Layout | None = None
         UserError: another suffix, our names in a .pth file, or no room on the disk.
     """
     if out.suffix not in (".safetensors", ".pth"):
-        raise UserError(
-            f"'{out}' has no suffix that tells the format.", "Write to a .safetensors or .pth file."
-        )
+        raise UserError(f"'{out}' has no suffix that tells the format.", "Write to a .safetensors or .pth file.")
     layout = layout or ("published" if out.suffix == ".pth" else "xar")
     if out.suffix == ".pth" and layout == "xar":
         raise UserError("A .pth file has no room for the recipe.", "Write our layout to a .safetensors file.")
@@ -58,11 +56,7 @@ def export_weights(weights: WeightsFile, out: Path, layout: Layout | None = None
 
 def as_layout(weights: WeightsFile, layout: Layout) -> State:
     """The tensors under the names of a layout; the published one gets its derived buffers."""
-    ours = (
-        from_published(weights.state, weights.config)
-        if weights.layout == "published"
-        else dict(weights.state)
-    )
+    ours = from_published(weights.state, weights.config) if weights.layout == "published" else dict(weights.state)
     return to_published(ours, weights.config) if layout == "published" else ours
 
 

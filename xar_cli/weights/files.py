@@ -161,7 +161,7 @@ def find_weights(source: str | Path, *, ema: bool = True) -> FoundWeights:
         return _find_in_checkpoint(str(source), path, ema)
     if path.is_dir():
         return _find_in_checkpoint(str(source), require_checkpoint(RunDir(path)).folder, ema)
-    if (path.parent / STATE_FILE).is_file():
+    if path.parent.name.startswith("step-") and (path.parent / STATE_FILE).is_file():
         return _find_group(str(source), path)
     content, metadata = read_tensor_file(path)
     if metadata.get("xar_format") == FORMAT:
@@ -169,18 +169,14 @@ def find_weights(source: str | Path, *, ema: bool = True) -> FoundWeights:
     name = f"'{source}'"
     state, kind, epoch = _choose_set(content, ema, name)
     layout = layout_of(state, name)
-    return FoundWeights(
-        source=str(source), path=path, layout=layout, kind=kind, stored=None, state=state, epoch=epoch
-    )
+    return FoundWeights(source=str(source), path=path, layout=layout, kind=kind, stored=None, state=state, epoch=epoch)
 
 
 def _choose_set(content: Any, ema: bool, name: str) -> tuple[Mapping[str, Tensor], Kind, int | None]:
     """The state dict inside a bare file or a training checkpoint of the original, its kind, its epoch."""
     if is_state(content):
         if not ema:
-            raise UserError(
-                f"{name} holds one set of weights, not raw and averaged ones.", "Leave --raw away."
-            )
+            raise UserError(f"{name} holds one set of weights, not raw and averaged ones.", "Leave --raw away.")
         return content, "unstated", None
     key = "model_ema" if ema else "model"
     if isinstance(content, Mapping) and is_state(content.get(key)):
@@ -221,9 +217,7 @@ def _find_group(source: str, path: Path) -> FoundWeights:
     )
 
 
-def _find_export(
-    source: str, path: Path, state: State, metadata: Mapping[str, str], ema: bool
-) -> FoundWeights:
+def _find_export(source: str, path: Path, state: State, metadata: Mapping[str, str], ema: bool) -> FoundWeights:
     """A file that `export_weights` wrote."""
     name = f"'{source}'"
     if metadata.get("version") != VERSION:

@@ -36,9 +36,7 @@ def layout_of(state: Mapping[str, Tensor], what: str) -> Layout:
         if all(name.format(0) in state for name in _TELLING[layout]):
             return "published" if layout == "published" else "xar"
     if is_kl16(state):
-        raise UserError(
-            f"{what} holds the tokenizer KL-16, not a generator.", "Give this file to --tokenizer-weights."
-        )
+        raise UserError(f"{what} holds the tokenizer KL-16, not a generator.", "Give this file to --tokenizer-weights.")
     first = ", ".join(list(state)[:3])
     raise UserError(
         f"{what} holds no xAR weights: its first tensors are {first}.",
@@ -102,9 +100,7 @@ def require_fit(network: Mapping[str, int], config: Config | None, what: str) ->
         raise UserError(
             f"{what} is a network of {_describe(network)}; recipe '{config.name}' asks for "
             f"{_describe({key: asked[key] for key in network})}.",
-            f"Use --recipe {fitting[0]}, which it fits."
-            if fitting
-            else "Give the recipe it was trained with.",
+            f"Use --recipe {fitting[0]}, which it fits." if fitting else "Give the recipe it was trained with.",
         )
     return config
 

@@ -123,8 +123,7 @@ def published_shapes(config: Config) -> Mapping[str, tuple[int, ...]]:
     """Names and shapes of the published parameters of a config, without the derived buffers."""
     shapes = our_shapes(config)
     return {
-        part.published: tuple(torch.empty(shapes[part.ours], device="meta")[part.place].shape)
-        for part in parts(config)
+        part.published: tuple(torch.empty(shapes[part.ours], device="meta")[part.place].shape) for part in parts(config)
     }
 
 
@@ -150,9 +149,7 @@ def from_published(state: Mapping[str, Tensor], config: Config, what: str = "The
             ours[part.ours] = source
             continue
         if part.ours not in ours:
-            ours[part.ours] = torch.zeros(
-                our_shapes(config)[part.ours], dtype=source.dtype, device=source.device
-            )
+            ours[part.ours] = torch.zeros(our_shapes(config)[part.ours], dtype=source.dtype, device=source.device)
         ours[part.ours][part.place] = source
     return ours
 

@@ -37,9 +37,7 @@ def to_diffusers(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
             }[parts[3]]
             parts = [parts[0], f"{parts[1]}_blocks", str(level), *kind, *parts[4:]]
         elif parts[1] == "mid":
-            kind = {"block_1": ["resnets", "0"], "attn_1": ["attentions", "0"], "block_2": ["resnets", "1"]}[
-                parts[2]
-            ]
+            kind = {"block_1": ["resnets", "0"], "attn_1": ["attentions", "0"], "block_2": ["resnets", "1"]}[parts[2]]
             parts = [parts[0], "mid_block", *kind, *parts[3:]]
         attention = "attentions" in parts
         words = {"nin_shortcut": "conv_shortcut", "norm_out": "conv_norm_out"}
@@ -66,9 +64,7 @@ def test_checkpoint_and_diffusers_safetensors_give_one_tokenizer(files):
     assert ckpt.identity == diffusers.identity
     theirs = diffusers.network.state_dict()
     assert all(torch.equal(tensor, theirs[name]) for name, tensor in ckpt.network.state_dict().items())
-    assert torch.equal(
-        theirs["encoder.down.4.attn.1.q.weight"], kl16_state()["encoder.down.4.attn.1.q.weight"]
-    )
+    assert torch.equal(theirs["encoder.down.4.attn.1.q.weight"], kl16_state()["encoder.down.4.attn.1.q.weight"])
     assert not ckpt.network.training
 
 
@@ -80,9 +76,7 @@ def test_older_diffusers_names_of_attention():
 
 def test_identity_is_of_the_weights_and_not_of_the_file():
     one, two = torch.tensor([1.0, 2.0]), torch.tensor([[3.0]])
-    by_hand = hashlib.sha256(
-        b"a (2,)\n" + one.numpy().tobytes() + b"b (1, 1)\n" + two.numpy().tobytes()
-    ).hexdigest()
+    by_hand = hashlib.sha256(b"a (2,)\n" + one.numpy().tobytes() + b"b (1, 1)\n" + two.numpy().tobytes()).hexdigest()
     assert identity_of({"b": two, "a": one}) == f"kl16:{by_hand}"
     assert identity_of({"b": two, "a": one + 1}) != f"kl16:{by_hand}"
 
@@ -150,4 +144,5 @@ def test_pixels_refuse_weights():
 
 
 def test_tiny_recipe_gets_its_pixels():
-    assert load_tokenizer(load_recipe("tiny"), None, CPU).identity == "pixels/p1"
+    config = load_recipe("tiny", ["tokenizer.patch=2"])
+    assert load_tokenizer(config, None, CPU).identity == "pixels/p2"
