@@ -4,7 +4,10 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import torch
+
 from tests.caches import pixel_recipe
+from xar_cli.checkpoint import latest_checkpoint
 from xar_cli.config import Config
 from xar_cli.logs import read_metrics
 from xar_cli.run_dir import RunDir
@@ -37,3 +40,10 @@ def settings(config: Config, data: Path, out: Path, **more) -> TrainSettings:
 def losses(out: Path) -> dict[int, float]:
     """Loss of every logged step."""
     return {record["step"]: record["loss"] for record in read_metrics(RunDir(out).metrics) if "loss" in record}
+
+
+def final_tensors(out: Path) -> dict[str, torch.Tensor]:
+    """Every tensor of the newest checkpoint, by group and name."""
+    checkpoint = latest_checkpoint(RunDir(out))
+    assert checkpoint is not None
+    return {f"{group}/{name}": t for group in checkpoint.groups for name, t in checkpoint.tensors(group).items()}

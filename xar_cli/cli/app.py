@@ -11,7 +11,7 @@ from typing import Annotated, Any
 import typer
 
 from xar_cli import __version__
-from xar_cli.cli import cache_latents, fid, quickstart, recipes, sample, train, weights
+from xar_cli.cli import cache_latents, fid, quickstart, recipes, sample, status, train, weights
 from xar_cli.errors import UserError
 
 app = typer.Typer(
@@ -24,6 +24,7 @@ app = typer.Typer(
 app.command("quickstart")(quickstart.quickstart)
 app.add_typer(cache_latents.app, name="cache-latents")
 app.command("train")(train.train)
+app.command("status")(status.status)
 app.command("sample")(sample.sample)
 app.add_typer(fid.app, name="fid")
 app.add_typer(recipes.app, name="recipes")

@@ -66,8 +66,9 @@ def matching_classes(
     """Our label -> their label, for every class that both have; the null class is always among them."""
     found = {ours.null_label: theirs.null_label}
     if our_names and their_names:
-        places = {name: place for place, name in enumerate(their_names)}
-        found.update({label: places[name] for label, name in enumerate(our_names) if name in places})
+        places = {name: place for place, name in enumerate(their_names[: theirs.data.num_classes])}
+        ours_in_use = enumerate(our_names[: ours.data.num_classes])
+        found.update({label: places[name] for label, name in ours_in_use if name in places})
     elif ours.data.num_classes == theirs.data.num_classes:
         found.update({label: label for label in range(ours.data.num_classes)})
     return found

@@ -4,10 +4,8 @@ import pytest
 import torch
 
 from tests.caches import make_cache
-from tests.runs import losses, settings, small_recipe
-from xar_cli.checkpoint import latest_checkpoint
+from tests.runs import final_tensors, losses, settings, small_recipe
 from xar_cli.errors import UserError
-from xar_cli.run_dir import RunDir
 from xar_cli.train import loop
 from xar_cli.train.loop import train
 
@@ -23,11 +21,6 @@ def whole(data, tmp_path_factory):
     out = tmp_path_factory.mktemp("whole") / "run"
     train(settings(small_recipe(), data, out))
     return out
-
-
-def final_tensors(out):
-    checkpoint = latest_checkpoint(RunDir(out))
-    return {f"{group}/{name}": t for group in checkpoint.groups for name, t in checkpoint.tensors(group).items()}
 
 
 class StopError(Exception):

@@ -1,0 +1,95 @@
+"""Several training jobs, one after another, in the same few processes: starting a process costs more than a job.
+
+As a program it is one rank: `python -m tests.distributed.ranks JOBS.json`.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).parents[2]
+
+
+def free_ports(count: int) -> list[int]:
+    sockets = [socket.socket() for _ in range(count)]
+    try:
+        for one in sockets:
+            one.bind(("127.0.0.1", 0))
+        return [one.getsockname()[1] for one in sockets]
+    finally:
+        for one in sockets:
+            one.close()
+
+
+def run_jobs(jobs: dict[str, dict], folder: Path, world_size: int = 2, timeout: float = 600) -> dict[str, list[str]]:
+    """Run jobs in `world_size` processes; what every rank says of each: "done", or the sentence it ended with.
+
+    A job is the settings of a run (as `TrainSettings` takes them, config as the overrides of `small_recipe`), and
+    maybe `fail_at`, a step at which all ranks raise, and `rank_overrides`, more overrides for a rank.
+    """
+    ports = free_ports(len(jobs))
+    numbered = {name: {**job, "port": port} for (name, job), port in zip(jobs.items(), ports, strict=True)}
+    path = folder / "jobs.json"
+    path.write_text(json.dumps(numbered, default=str))
+    processes = []
+    for rank in range(world_size):
+        environment = {
+            **os.environ, "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world_size),
+            "MASTER_ADDR": "127.0.0.1", "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo",
+        }  # fmt: skip
+        command = [sys.executable, "-m", "tests.distributed.ranks", str(path)]
+        processes.append(
+            subprocess.Popen(
+                command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+            )
+        )
+    try:
+        outputs = [process.communicate(timeout=timeout)[0] for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+    for process, output in zip(processes, outputs, strict=True):
+        assert process.returncode == 0, output[-3000:]
+    said = [json.loads((folder / f"said-{rank}.json").read_text()) for rank in range(world_size)]
+    return {name: [of_rank[name] for of_rank in said] for name in jobs}
+
+
+def _main(path: Path) -> None:
+    import torch
+
+    from tests.runs import settings, small_recipe
+    from xar_cli.errors import UserError
+    from xar_cli.logs import setup_logs
+    from xar_cli.train import loop
+
+    torch.set_num_threads(1)
+    rank, said = int(os.environ["RANK"]), {}
+    setup_logs(rank)
+    take_step = loop.take_step
+    for name, job in json.loads(path.read_text()).items():
+        os.environ["MASTER_PORT"] = str(job["port"])
+        overrides = [*job.get("overrides", []), *job.get("rank_overrides", {}).get(str(rank), [])]
+
+        fail_at = job.get("fail_at")
+
+        def step(state, *rest, fail_at=fail_at):
+            if state.step == fail_at:
+                raise UserError("Failed as asked.", "")
+            take_step(state, *rest)
+
+        loop.take_step = step
+        try:
+            loop.train(settings(small_recipe(*overrides), Path(job["data"]), Path(job["out"]), **job.get("more", {})))
+            said[name] = "done"
+        except UserError as error:
+            said[name] = str(error)
+    (path.parent / f"said-{rank}.json").write_text(json.dumps(said))
+
+
+if __name__ == "__main__":
+    _main(Path(sys.argv[1]))

@@ -1,0 +1,158 @@
+"""A run that is killed, told to stop, or short of disk goes on as if nothing had happened."""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+from tests.caches import PIXEL_OVERRIDES, make_cache
+from tests.runs import SMALL, final_tensors, losses, settings, small_recipe
+from xar_cli.checkpoint import latest_checkpoint
+from xar_cli.logs import read_metrics
+from xar_cli.run_dir import RunDir
+from xar_cli.train.loop import train
+
+LONG = ("train.epochs=60", "train.checkpoint_every=9", "train.keep_every=99", "train.log_every=1")  # 278 steps
+STEPS = 278
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    return make_cache(tmp_path_factory.mktemp("cache") / "latents.h5")
+
+
+def start(data, out, *options):
+    sets = [part for override in (*PIXEL_OVERRIDES, *SMALL, *LONG) for part in ("--set", override)]
+    command = [
+        sys.executable, "-m", "xar_cli", "train", "--recipe", "tiny", "--data", str(data), "--out", str(out),
+        "--device", "cpu", *sets, *options,
+    ]  # fmt: skip
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def wait_for_step(process, out, step, seconds=240):
+    deadline = time.monotonic() + seconds
+    while max([record["step"] for record in read_metrics(RunDir(out).metrics)], default=0) < step:
+        assert process.poll() is None, process.communicate()[1]
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
+def steps_stopped_after(error):
+    return int(re.search(r"after step (\d+); a checkpoint is written", error)[1])
+
+
+def same(out, expected):
+    found, wanted = final_tensors(out), final_tensors(expected)
+    return found.keys() == wanted.keys() and all(found[name].equal(tensor) for name, tensor in wanted.items())
+
+
+@pytest.fixture(scope="module")
+def whole(data, tmp_path_factory):
+    """The same run on one rank without interruption."""
+    out = tmp_path_factory.mktemp("whole") / "run"
+    train(settings(small_recipe(*LONG), data, out))
+    return out
+
+
+def test_sigkill_then_sigterm_then_to_the_end(data, whole, tmp_path):
+    out = tmp_path / "run"
+    process = start(data, out)
+    wait_for_step(process, out, 20)
+    process.kill()
+    process.communicate()
+    process = start(data, out)
+    wait_for_step(process, out, 40)
+    process.send_signal(signal.SIGTERM)
+    said = process.communicate(timeout=120)[1]
+    assert process.returncode == 143
+    stopped = steps_stopped_after(said)
+    assert latest_checkpoint(RunDir(out)).step == stopped
+    last = max(losses(out))
+    assert last == stopped  # nothing was trained after the checkpoint
+    train(settings(small_recipe(*LONG), data, out))
+    assert same(out, whole)
+    assert losses(out) == losses(whole)
+    assert sorted(losses(out)) == list(range(1, STEPS + 1))
+    kept = sorted(int(folder.name.removeprefix("step-")) for folder in RunDir(out).checkpoints.glob("step-*"))
+    assert set(kept) == {99, 198, 270, 278}  # each 99th, and the last two
+    assert not list(RunDir(out).checkpoints.glob(".*"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130), (signal.SIGUSR1, 138)])
+def test_all_ranks_stop_together(data, tmp_path, number, code):
+    """The launcher passes the signal on; both ranks write one checkpoint after the same step."""
+    out = tmp_path / "run"
+    process = start(data, out, "--nproc-per-node", "2")
+    wait_for_step(process, out, 5)
+    process.send_signal(number)
+    said = process.communicate(timeout=180)[1]
+    assert process.returncode in (code, 143), said  # the launcher turns SIGUSR1 into SIGTERM
+    assert latest_checkpoint(RunDir(out)).step == steps_stopped_after(said)
+    assert "Traceback" not in said
+
+
+@pytest.mark.slow
+def test_a_rank_killed_twice_is_restarted_and_nothing_differs(data, tmp_path):
+    """SIGKILL on a worker: the launcher starts both again, from the newest checkpoint; two ranks, bit for bit."""
+    out, undisturbed = tmp_path / "run", tmp_path / "undisturbed"
+    process = start(data, out, "--nproc-per-node", "2", "--max-restarts", "1")
+    wait_for_step(process, out, 20)
+    children = subprocess.run(["pgrep", "-P", str(process.pid), "-f", "spawn_main"], capture_output=True, text=True)
+    os.kill(int(children.stdout.split()[-1]), signal.SIGKILL)
+    said = process.communicate(timeout=300)[1]
+    assert process.returncode == 0, said
+    other = start(data, undisturbed, "--nproc-per-node", "2")
+    assert other.wait(300) == 0
+    assert same(out, undisturbed)
+    assert losses(out) == losses(undisturbed)
+
+
+def test_a_full_disk_does_not_end_the_run(data, whole, tmp_path, monkeypatch, caplog):
+    """Checkpoints and records that cannot be written for a while: the run says so, goes on, and ends well."""
+    from xar_cli import checkpoint
+    from xar_cli.logs import MetricsWriter, log
+
+    monkeypatch.setattr(log, "propagate", True)
+    out, save_file, write = tmp_path / "run", checkpoint._save_file, MetricsWriter.write
+
+    def full(step):
+        return 30 < step < 120
+
+    def save(tensors, path):
+        if full(int(path.parent.name.split("-")[1].split(".")[0])):
+            raise OSError(28, "No space left on device")
+        save_file(tensors, path)
+
+    def write_record(self, **values):
+        if full(values["step"]):
+            raise OSError(28, "No space left on device")
+        write(self, **values)
+
+    monkeypatch.setattr(checkpoint, "_save_file", save)
+    monkeypatch.setattr(MetricsWriter, "write", write_record)
+    assert train(settings(small_recipe(*LONG), data, out))["steps"] == STEPS
+    assert "the older ones are intact" in caplog.text
+    assert "A record could not be written" in caplog.text
+    assert same(out, whole)
+
+
+def test_a_last_checkpoint_that_cannot_be_written_is_a_failure(data, tmp_path, monkeypatch):
+    from xar_cli import checkpoint
+    from xar_cli.errors import UserError
+
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(checkpoint, "_save_file", full)
+    with pytest.raises(UserError, match="The checkpoint of step 10 could not be written") as caught:
+        train(settings(small_recipe(), data, tmp_path / "run"))
+    assert caught.value.exit_code == 1

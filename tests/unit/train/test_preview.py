@@ -1,0 +1,112 @@
+"""Looking at a run while it trains, and starting from weights that exist."""
+
+import pytest
+import torch
+from PIL import Image
+
+from tests.caches import make_cache, make_images
+from tests.runs import final_tensors, settings, small_recipe
+from xar_cli.checkpoint import latest_checkpoint
+from xar_cli.errors import UserError
+from xar_cli.logs import read_metrics
+from xar_cli.run_dir import RunDir
+from xar_cli.train.loop import train
+from xar_cli.weights import load_weights
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    return make_cache(tmp_path_factory.mktemp("cache") / "latents.h5")
+
+
+@pytest.fixture(scope="module")
+def run(data, tmp_path_factory):
+    """A run with previews, an evaluation each epoch, and TensorBoard."""
+    folder = tmp_path_factory.mktemp("run")
+    config = small_recipe(
+        "train.preview_every=5", "train.preview_count=9", "train.eval_every=1", "train.eval_count=12",
+        "train.loggers=[tensorboard]", "evaluate.protocol=digits",
+    )  # fmt: skip
+    train(settings(config, data, folder / "run", reference=make_images(folder / "real")))
+    return RunDir(folder / "run")
+
+
+def test_preview_grids(run):
+    pictures = sorted(path.name for path in run.previews.iterdir())
+    assert pictures == ["step-00000005.png", "step-00000010.png"]
+    with Image.open(run.previews / pictures[0]) as first, Image.open(run.previews / pictures[1]) as last:
+        assert first.size == last.size
+        assert first.tobytes() != last.tobytes()
+
+
+def test_evaluations_carry_their_count(run):
+    found = [record for record in read_metrics(run.metrics) if "evaluation" in record]
+    assert [record["step"] for record in found] == [5, 10]
+    assert any("12" in name for name in found[0]["evaluation"])
+
+
+def test_looking_changes_nothing(run, data, tmp_path):
+    train(settings(small_recipe(), data, tmp_path / "run"))
+    expected, found = final_tensors(tmp_path / "run"), final_tensors(run.root)
+    assert all(found[name].equal(tensor) for name, tensor in expected.items())
+
+
+def test_tensorboard_has_the_losses(run):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(str(run.root / "tensorboard")).Reload()
+    losses = {record["step"]: record["loss"] for record in read_metrics(run.metrics) if "loss" in record}
+    assert {event.step: event.value for event in events.Scalars("loss")} == pytest.approx(losses)
+    assert len(events.Images("preview")) == 2
+
+
+def test_every_average_can_be_sampled(run):
+    checkpoint = latest_checkpoint(run)
+    for decay in ("0.9", "0.5"):
+        model, found = load_weights(checkpoint.path(f"ema-{decay}"), device="cpu")
+        assert model.pos_encoder.equal(checkpoint.tensors(f"ema-{decay}")["pos_encoder"])
+        assert found.kind == "ema"
+
+
+def test_evaluation_needs_a_reference(data, tmp_path):
+    with pytest.raises(UserError, match="nothing to compare with"):
+        train(settings(small_recipe("train.eval_every=1"), data, tmp_path / "run"))
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_logger_that_is_not_installed(data, tmp_path, monkeypatch):
+    from xar_cli.train import records
+
+    monkeypatch.setitem(records.PACKAGES, "wandb", "no_such_package_here")
+    with pytest.raises(UserError, match="wandb, which is not installed"):
+        train(settings(small_recipe("train.loggers=[wandb]"), data, tmp_path / "run"))
+    assert not (tmp_path / "run").exists()
+
+
+def test_starting_from_another_run(run, data, tmp_path):
+    config = small_recipe("train.base_lr=1e-30", "train.min_lr=0", "train.epochs=0.2")
+    train(settings(config, data, tmp_path / "run", init_from=str(run.root)))
+    ours, theirs = final_tensors(tmp_path / "run"), final_tensors(run.root)
+    for name in ("pos_encoder", "class_embedding.weight"):
+        torch.testing.assert_close(ours[f"model/{name}"], theirs[f"ema-0.9/{name}"])
+
+
+def test_a_new_class_table(run, data, tmp_path):
+    """Without classes only the null class is taken over."""
+    config = small_recipe("train.base_lr=1e-30", "train.min_lr=0", "train.epochs=0.2", "data.num_classes=0")
+    train(settings(config, data, tmp_path / "run", init_from=str(run.root)))
+    ours, theirs = final_tensors(tmp_path / "run"), final_tensors(run.root)
+    assert ours["model/class_embedding.weight"].shape == (1, 16)
+    torch.testing.assert_close(ours["model/class_embedding.weight"][0], theirs["ema-0.9/class_embedding.weight"][10])
+
+
+def test_another_network_cannot_be_started_from(run, data, tmp_path):
+    with pytest.raises(UserError, match="is of another network than recipe"):
+        train(settings(small_recipe("model.dim=32"), data, tmp_path / "run", init_from=str(run.root)))
+    assert not (tmp_path / "run").exists()
+
+
+def test_training_without_classes(data, tmp_path):
+    train(settings(small_recipe("data.num_classes=0"), data, tmp_path / "run"))
+    model, _ = load_weights(tmp_path / "run", device="cpu")
+    assert model.class_embedding.weight.shape[0] == 1

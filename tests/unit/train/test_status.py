@@ -1,0 +1,94 @@
+import json
+
+import pytest
+from typer.testing import CliRunner
+
+from tests.runs import small_recipe
+from xar_cli.cli.app import app
+from xar_cli.config import dump_config
+from xar_cli.logs import MetricsWriter
+from xar_cli.run_dir import RunDir
+from xar_cli.train.status import find_worries, run_status
+
+
+def records(count, **changes):
+    """Records of a healthy run: the loss falls a little, with noise."""
+    values = {
+        "grad_norm": lambda i: 1.0,
+        "images_per_second": lambda i: 100.0,
+        "loss": lambda i: 2 - 0.01 * i + 0.02 * (i % 2),
+    }
+    values |= changes
+    return [
+        {
+            "step": 10 * (i + 1),
+            "lr": 1e-3,
+            "skipped_steps": 0,
+            "time": 1000.0 + 5 * i,
+            "seconds_left": 60.0,
+            "epoch": 0.5,
+        }
+        | {key: value(i) for key, value in values.items()}
+        for i in range(count)
+    ]
+
+
+def make_run(root, written, total=1000):
+    run = RunDir(root)
+    writer = MetricsWriter(run.metrics)
+    for record in written:
+        writer.write(**record)
+    writer.close()
+    run.config.write_text(dump_config(small_recipe()))
+    run.identity.write_text(json.dumps({"plan": {"total_steps": total}}))
+    return run
+
+
+def test_healthy():
+    assert find_worries(small_recipe(), records(60)) == []
+    assert find_worries(small_recipe(), records(5)) == []
+
+
+@pytest.mark.parametrize(
+    ("changes", "worry"),
+    [
+        ({"loss": lambda i: 1 + 0.02 * (i % 2) + (0.3 if i >= 40 else 0)}, "the loss is rising"),
+        ({"grad_norm": lambda i: 5.0 if i >= 40 else 1.0}, "gradients are growing"),
+        (
+            {"images_per_second": lambda i: 50.0 if i >= 40 else 100.0},
+            "it has become slow: 100 images/s before, 50 now",
+        ),
+        ({"skipped_steps": lambda i: int(i == 59)}, "1 of the last steps were skipped"),
+    ],
+)
+def test_worries(changes, worry):
+    (found,) = find_worries(small_recipe(), records(60, **changes))
+    assert worry in found
+
+
+def test_fp16_may_skip_now_and_then():
+    written = records(60, skipped_steps=lambda i: int(i == 59))
+    assert find_worries(small_recipe("train.precision=fp16"), written) == []
+
+
+def test_states(tmp_path):
+    run = make_run(tmp_path / "a", records(30))
+    assert run_status(run, now=1150).state == "running"
+    late = run_status(run, now=9000)
+    assert late.state == "stopped"
+    assert not late.healthy
+    assert run_status(make_run(tmp_path / "b", records(30), total=300), now=9000).state == "finished"
+    assert run_status(make_run(tmp_path / "c", []), now=0).state == "not started"
+
+
+def test_command(tmp_path):
+    run = make_run(tmp_path / "run", records(45), total=450)
+    (run.checkpoints / "step-00000400").mkdir(parents=True)
+    result = CliRunner().invoke(app, ["status", str(run.root), "--json"])
+    found = json.loads(result.stdout)
+    assert (found["step"], found["total_steps"], found["checkpoint_step"]) == (450, 450, 400)
+    assert found["healthy"] is True
+    assert found["loss"] < found["loss_before"]
+    table = CliRunner().invoke(app, ["status", str(run.root)]).stdout
+    assert "finished" in table
+    assert "450 of 450" in table
