@@ -180,3 +180,27 @@ def test_bf16_is_near_and_says_so(inception_files) -> None:
     difference = relative(half.features(images)["pool"], full.features(images)["pool"])
     assert 1e-6 < difference < 0.05
     assert full.identity != half.identity  # so they never share a cache entry
+
+
+@pytest.mark.slow
+def test_precision_and_recall_equal_torch_fidelitys_default(inception_files, tmp_path) -> None:
+    """Without a word about the network it takes VGG16; with those weights so do we, beside FID on Inception."""
+    import torchvision
+
+    torch.manual_seed(0)
+    file = tmp_path / "vgg16.pth"
+    torch.save(torchvision.models.vgg16().state_dict(), file)
+    samples = write_folder(tmp_path / "samples", make_images(7))
+    reference = write_folder(tmp_path / "reference", make_images(11, seed=1, brightness=0.8))
+    theirs = calculate_metrics(
+        input1=str(samples), input2=str(reference), cuda=False, prc=True, feature_extractor_weights_path=str(file),
+        verbose=False, cache=False, save_cpu_ram=True,
+    )  # fmt: skip
+    settings = Settings(
+        inception_weights=(inception_files.torch_fidelity,), vgg16_weights=file, error_bars="none", batch_size=8
+    )
+    ours = evaluate(samples, reference, "torch-fidelity", settings=settings).first.metrics
+    assert ours["precision"].value == pytest.approx(theirs["precision"], abs=1e-6)
+    assert ours["recall"].value == pytest.approx(theirs["recall"], abs=1e-6)
+    assert "vgg16 features" in ours["precision"].note
+    assert ours["precision"].value != ours["recall"].value
