@@ -29,11 +29,16 @@ import torch
 from PIL import Image
 from safetensors.torch import save_file
 
-from xar_cli.cache import cache_latents
+from xar_cli.cache import CacheSettings, cache_latents
 from xar_cli.cache.jobs import EncodeImages
+from xar_cli.cache.pipeline import BadList, encode_blocks
+from xar_cli.cache.stage import plan_cache, share_of_blocks
 from xar_cli.config import Config, load_recipe
+from xar_cli.data.cache_file import create_cache
 from xar_cli.data.images import ImageFolder
+from xar_cli.data.latents import LatentWriter
 from xar_cli.distributed import pick_device
+from xar_cli.logs import progress
 from xar_cli.tokenizer import Codec, Tokenizer, load_tokenizer
 from xar_cli.tokenizer.kl16 import build_on_meta
 
@@ -68,7 +73,8 @@ def write_weights(path: Path) -> None:
 
 
 def in_turns(first: Callable[[], float], second: Callable[[], float], pairs: int) -> dict[str, float]:
-    """Ratios first / second of images per second, in turns A B B A; by the clock, and by processor time of all threads.
+    """Ratios first / second of images per second, in turns A B B A: by the clock, and by processor time of all
+    threads.
 
     The second is free of what else the machine does. Where the processor is the encoder's device, both tend to the same.
     """
@@ -112,14 +118,26 @@ def measure(
         moments[-1].cpu()
         return sum(map(len, blocks)) / (time.perf_counter() - start)
 
-    turn = iter(range(10_000))
+    turn, names = iter(range(10_000)), [os.fsencode(name) for name in job.names]
+    settings = CacheSettings(
+        images=root,
+        out=folder / "none.h5",
+        config=recipe,
+        tokenizer_weights=weights,
+        batch_size=batch,
+        device=device_name,
+    )
+    plan = plan_cache(settings)
 
     def stage() -> float:
-        summary = cache_latents(
-            root, folder / f"latents-{next(turn)}.h5", recipe, device=device_name, tokenizer_weights=weights,
-            batch_size=batch,
-        )  # fmt: skip
-        return summary.num_encoded / summary.seconds
+        """The stage's work, from the first image to the last commit, without loading the tokenizer."""
+        out = folder / f"latents-{next(turn)}.h5"
+        create_cache(out, plan.layout, names, job.labels, [b"class-0", b"class-1"])
+        start = time.perf_counter()
+        with LatentWriter(out) as writer, progress(count, "caching", enabled=False) as display:
+            blocks = share_of_blocks(writer, batch, 0, 1)
+            encode_blocks(job, blocks, writer, BadList(folder / "bad", 0), display, os.cpu_count() or 1)
+        return count / (time.perf_counter() - start)
 
     pure(job, items[:1])
     results: dict[str, object] = {
