@@ -17,7 +17,7 @@ import torch
 import typer
 from PIL import Image
 
-from tests.caches import make_cache
+from tests.caches import make_cache, pixel_recipe
 from xar_cli.checkpoint import write_checkpoint
 from xar_cli.cli.app import app, main
 from xar_cli.config import Config, dump_config, load_recipe
@@ -101,9 +101,10 @@ CASES = [
     ("sample --weights FILE --recipe tiny --out OUT", PICKLES),
     ("sample --weights GOOD --recipe FILE --out OUT", ("yaml",)),
     ("sample --run FILE --out OUT", ("run",)),
-    ("sample --run RUN --tokenizer-weights FILE --count 1 --out OUT", PICKLES),
+    ("sample --run RUN --class 0 --tokenizer-weights FILE --count 1 --out OUT", PICKLES),
     ("train --recipe FILE --dry-run", ("yaml",)),
     ("train --recipe tiny --data FILE --out OUT", (*PICKLES, "npz")),
+    ("train --recipe PIXELS --data LATENTS --out OUT --init-from FILE", (*PICKLES, "run")),
     ("cache-latents --recipe base --images IMAGES --out OUT/l.h5 --tokenizer-weights FILE", PICKLES),
     ("cache-latents --recipe FILE --images IMAGES --out OUT/l.h5", ("yaml",)),
     ("cache-latents --recipe base --from-mar FILE --out OUT/l.h5", ("mar",)),
@@ -137,6 +138,7 @@ SLOW = (
 ONLY_LOOKING = [
     ("fid doctor --inception-weights FILE", (*PICKLES, "script")),
     ("fid doctor --vgg16-weights FILE", PICKLES),
+    ("status FILE", ("run",)),
 ]
 
 
@@ -160,8 +162,10 @@ def good_files(tmp_path_factory) -> dict[str, str]:
     good_run(folder / "run", load_recipe("base", ["model.dim=16", "model.depth=1", "model.heads=2"]))
     good_run(folder / "tiny_run", load_recipe("tiny", ["sample.num_steps=1"]))
     make_cache(folder / "latents.h5")
+    (folder / "pixels.yaml").write_text(dump_config(pixel_recipe("data.mirror=true", "train.global_batch_size=8")))
     names = {
         "LATENTS": "latents.h5",
+        "PIXELS": "pixels.yaml",
         "GOOD": "good.pth",
         "INCEPTION": "inception.pth",
         "IMAGES": "images",
@@ -223,17 +227,17 @@ def test_the_files_are_as_bad_as_they_claim_to_be(bad_files, trace):
 
 
 # Parameters that take a path but never read one: what they name is written.
-WRITTEN = {"out", "save", "report", "feature_cache", "cache"}
-READ_TEXTS = {"weights", "recipe", "source"}
+WRITTEN = {"out", "save", "report", "feature_cache", "explain"}
+READ_TEXTS = {"weights", "recipe", "source", "init_from"}
 
 
 def test_no_option_that_reads_a_file_is_left_out():
-    """Every parameter of every command that reads a file appears in a line above."""
+    """Every option that reads a file appears in a line above, and every argument in a line of its own command."""
     lines = [SLOW, *(line for line, _ in [*CASES, *ONLY_LOOKING])]
     left_out = []
     for command, name, option in reading_parameters():
-        flag = option if option.startswith("-") else "FILE"
-        if not any(line.startswith(command) and f"{flag} FILE".replace("FILE FILE", "FILE") in line for line in lines):
+        wanted = f"{option} FILE" if option.startswith("-") else f"{command} FILE"
+        if not any(wanted in line for line in lines):
             left_out.append(f"xar {command} {option} ({name})")
     assert left_out == []
 

@@ -53,23 +53,34 @@ def test_all_forms_of_the_same_weights_draw_the_same_images(run, tmp_path):
     recipe = run / "config.yaml"
     xar("weights", "convert", run, tmp_path / "ours.safetensors")
     xar("weights", "convert", tmp_path / "ours.safetensors", tmp_path / "theirs.pth")
-    xar("sample", "--run", run, "--count", 4, "--out", tmp_path / "a")
-    xar("sample", "--weights", tmp_path / "ours.safetensors", "--count", 4, "--out", tmp_path / "b")
-    xar("sample", "--weights", tmp_path / "theirs.pth", "--recipe", recipe, "--count", 4, "--out", tmp_path / "c")
+    xar("sample", "--run", run, "--count", 4, "--unbalanced", "--out", tmp_path / "a")
+    xar("sample", "--weights", tmp_path / "ours.safetensors", "--count", 4, "--unbalanced", "--out", tmp_path / "b")
+    xar(
+        "sample",
+        "--weights",
+        tmp_path / "theirs.pth",
+        "--recipe",
+        recipe,
+        "--count",
+        4,
+        "--unbalanced",
+        "--out",
+        tmp_path / "c",
+    )
     first = images(tmp_path / "a")
     assert len(first) == 4
     assert images(tmp_path / "b") == first
     assert images(tmp_path / "c") == first
-    xar("sample", "--run", run, "--raw", "--count", 4, "--out", tmp_path / "raw")
+    xar("sample", "--run", run, "--raw", "--count", 4, "--unbalanced", "--out", tmp_path / "raw")
     assert images(tmp_path / "raw") != first
 
 
 def test_weights_on_the_hub_are_sampled_by_their_name(run, tmp_path):
     xar("weights", "convert", run, tmp_path / "ours.safetensors")
-    xar("sample", "--run", run, "--count", 2, "--out", tmp_path / "a")
+    xar("sample", "--run", run, "--count", 2, "--unbalanced", "--out", tmp_path / "a")
     with running_hub() as hub:
         hub.add("me/mine", "model.safetensors", (tmp_path / "ours.safetensors").read_bytes())
-        words = ["sample", "--weights", "hf://me/mine/model.safetensors", "--count", "2", "--out"]
+        words = ["sample", "--weights", "hf://me/mine/model.safetensors", "--count", "2", "--unbalanced", "--out"]
         done = subprocess.run(
             [sys.executable, "-m", "xar_cli", *words, str(tmp_path / "b")],
             env=hub.environment(tmp_path / "cache"),

@@ -73,7 +73,7 @@ def model_card(weights: WeightsFile, repo: str, results: Sequence[Mapping[str, A
         "",
         "## Use",
         "```",
-        f"xar sample --weights {source}{tokenizer} --labels 0 --count 16 --out samples",
+        f"xar sample --weights {source}{tokenizer} --class 0 --count 16 --out samples",
         f"xar weights info {source}",
         "```",
         f"The recipe stands in `recipe.yaml` and inside `{WEIGHTS_NAME}`. "
