@@ -76,7 +76,8 @@ def in_turns(first: Callable[[], float], second: Callable[[], float], pairs: int
     """Ratios first / second of images per second, in turns A B B A: by the clock, and by processor time of all
     threads.
 
-    The second is free of what else the machine does. Where the processor is the encoder's device, both tend to the same.
+    The second is free of what else the machine does; where the processor is the encoder's device, both tend to
+    the same.
     """
     ratios, cpu_ratios, rates = [], [], ([], [])
     for turn in range(pairs):
