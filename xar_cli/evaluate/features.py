@@ -117,6 +117,15 @@ def extract(
     return table
 
 
+def spread_rows(available: int, count: int | None) -> np.ndarray:
+    """Indices of `count` images, spread evenly, so that a set sorted by class keeps all classes."""
+    if count is None or count == available:
+        return np.arange(available)
+    if count > available:
+        raise UserError(f"{count} images are asked for and {available} are there.", "Lower --count or sample more.")
+    return np.arange(count) * available // count
+
+
 def content_hash_of(images: ImageSet, cache: Path | None) -> str:
     """The content hash of a set; for a folder it is remembered while names, sizes and times of its files stay."""
     if cache is None or not isinstance(images, FolderImages):

@@ -18,9 +18,10 @@ import torch
 from xar_cli import __version__
 from xar_cli.config.schema import Config
 from xar_cli.evaluate import html, metrics
-from xar_cli.evaluate.evaluation import Evaluation, Metric, Settings
+from xar_cli.evaluate.evaluation import Settings
 from xar_cli.evaluate.images import ImageSet, open_images
 from xar_cli.evaluate.protocols import PAPER_COUNT
+from xar_cli.evaluate.results import Evaluation
 from xar_cli.flow.guidance import guidance_scales
 from xar_cli.model import build_grouping
 from xar_cli.run_dir import write_atomic, write_json
@@ -270,11 +271,6 @@ def show_number(value: float | None, error: float | None) -> str:
         return f"{value:.4g}"
     digits = max(0, 1 - int(np.floor(np.log10(error))))
     return f"{value:.{digits}f} ± {error:.{digits}f}"
-
-
-def best_metric(result: Mapping[str, Metric]) -> Metric:
-    """The metric that a protocol is known by: its first."""
-    return next(iter(result.values()))
 
 
 def _pairs(facts: Mapping[str, Any]) -> list[tuple[str, str]]:
