@@ -13,7 +13,7 @@ import math
 
 import torch
 
-from benchmarks.sampling import pairs, spread
+from benchmarks.sampling import add_clock_options, pairs, spread, use_clock
 from xar_cli.tokenizer.codec import to_uint8
 from xar_cli.tokenizer.kl16 import AutoencoderKL
 
@@ -38,9 +38,9 @@ def psnr(images: torch.Tensor, reference: torch.Tensor) -> float:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--pairs", type=int, default=3)
-    parser.add_argument("--threads", type=int, default=2)
+    add_clock_options(parser)
     options = parser.parse_args()
-    torch.set_num_threads(options.threads)
+    use_clock(options)
     plain, fast, exact = build(torch.float32, False), build(torch.bfloat16, True), build(torch.float32, True)
     latents = torch.randn(1, 16, 16, 16, generator=torch.Generator().manual_seed(1))
     last = latents.contiguous(memory_format=torch.channels_last)
@@ -51,7 +51,7 @@ def main() -> None:
     }  # fmt: skip
     quality = {name: psnr(to_uint8(image * contrast), to_uint8(reference * contrast)) for name, image in images.items()}
     print(json.dumps({
-        "threads": options.threads, "torch": torch.__version__, "psnr_db": quality,
+        "threads": options.threads, "clock": options.clock, "torch": torch.__version__, "psnr_db": quality,
         "plain_against_itself": spread(pairs(lambda: plain.decode(latents), lambda: plain.decode(latents), 2)),
         "fp32_plain_over_bf16_channels_last": spread(
             pairs(lambda: plain.decode(latents), lambda: fast.decode(last.bfloat16()), options.pairs)
