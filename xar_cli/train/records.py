@@ -115,6 +115,7 @@ class Records:
     def __init__(self, run: RunDir, config: Config, first_step: int, enabled: bool) -> None:
         self._run, self._enabled = run, enabled
         self._waiting: list[dict[str, Any]] = []
+        self._told = False  # that the disk is full
         if enabled:
             self._metrics = MetricsWriter(run.metrics)
             self._loggers: list[Logger] = [LOGGERS[name](run, config, first_step) for name in config.train.loggers]
@@ -128,8 +129,11 @@ class Records:
             while self._waiting:
                 self._metrics.write(**self._waiting[0])
                 self._waiting.pop(0)
+            self._told = False
         except OSError as error:
-            log.error("A record could not be written (%s): the run goes on. Free some disk space.", error)
+            if not self._told:
+                log.error("A record could not be written (%s): the run goes on. Free some disk space.", error)
+            self._told = True
             self._reopen()
         numbers = {name: float(value) for name, value in record.items() if isinstance(value, (int, float))}
         for name, values in record.items():

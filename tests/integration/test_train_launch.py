@@ -1,0 +1,197 @@
+"""The launcher as a person meets it: torchrun inside, somebody else's torchrun, Slurm, two machines, failures."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import time
+
+import pytest
+
+from tests.caches import PIXEL_OVERRIDES, make_cache
+from tests.distributed.ranks import free_ports
+from tests.runs import SMALL, losses
+from xar_cli.logs import read_metrics
+from xar_cli.run_dir import RunDir
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    return make_cache(tmp_path_factory.mktemp("cache") / "latents.h5")
+
+
+def arguments(data, out, *options):
+    sets = [part for override in (*PIXEL_OVERRIDES, *SMALL, "model.dropout=0") for part in ("--set", override)]
+    return [
+        "-m", "xar_cli", "train", "--recipe", "tiny", "--data", str(data), "--out", str(out), "--device", "cpu",
+        *sets, *options,
+    ]  # fmt: skip
+
+
+def start(command, **environment):
+    clean = {key: value for key, value in os.environ.items() if not key.startswith("SLURM")}
+    return subprocess.Popen(
+        command, env={**clean, "OMP_NUM_THREADS": "1", **environment},
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+
+
+def finish(process, timeout=240):
+    try:
+        out, error = process.communicate(timeout=timeout)
+    finally:
+        process.kill()
+    return process.returncode, out, error
+
+
+def test_torchrun_inside_and_somebody_elses_and_slurm(data, tmp_path):
+    """Three ways to two ranks, one run."""
+    inside = start([sys.executable, *arguments(data, tmp_path / "inside", "--nproc-per-node", "2", "--json")])
+    torchrun = start(
+        [
+            sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--rdzv-backend", "c10d",
+            "--rdzv-endpoint", "localhost:0", *arguments(data, tmp_path / "outer", "--json"),
+        ]
+    )  # fmt: skip
+    (port,) = free_ports(1)
+    tasks = [
+        start(
+            [sys.executable, *arguments(data, tmp_path / "slurm", "--json")],
+            SLURM_NTASKS="2", SLURM_PROCID=str(rank), SLURM_LOCALID=str(rank), SLURM_STEP_NODELIST="localhost",
+            SLURM_JOB_ID="77", MASTER_PORT=str(port),
+        )
+        for rank in range(2)
+    ]  # fmt: skip
+    printed = []
+    for process in (inside, torchrun, *tasks):
+        code, out, error = finish(process)
+        assert code == 0, error
+        printed.append(out)
+    assert json.loads(printed[0])["steps"] == 10
+    assert json.loads(printed[1])["steps"] == 10  # one object, though two ranks ran
+    assert json.loads(printed[2])["steps"] == 10
+    assert printed[3] == ""
+    assert losses(tmp_path / "inside") == losses(tmp_path / "outer") == losses(tmp_path / "slurm")
+
+
+def test_bad_input_and_failures_come_through(data, tmp_path):
+    bad = start([sys.executable, *arguments(data, tmp_path / "bad", "--nproc-per-node", "3")])
+    alone = start(
+        [sys.executable, *arguments(data, tmp_path / "alone", "--rdzv-timeout", "3")],
+        RANK="0", LOCAL_RANK="0", WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(free_ports(1)[0]),
+    )  # fmt: skip
+    nobody = start(
+        [
+            sys.executable, *arguments(data, tmp_path / "nobody", "--nnodes", "2", "--node-rank", "1"),
+            "--rdzv-endpoint", f"127.0.0.1:{free_ports(1)[0]}", "--rdzv-timeout", "3",
+        ]
+    )  # fmt: skip
+    code, _, error = finish(bad)
+    assert code == 2
+    assert "A global batch of 8 cannot be divided over 3 ranks." in error
+    assert "Traceback" not in error
+    assert not (tmp_path / "bad").exists()
+    code, _, error = finish(alone)
+    assert code == 1
+    assert "The 2 ranks did not meet at 127.0.0.1:" in error
+    code, _, error = finish(nobody)
+    assert code == 1
+    assert "The 2 machines did not meet" in error
+
+
+def test_the_failing_ranks_traceback_is_shown(tmp_path):
+    code, _, error = finish(
+        start([sys.executable, "-c", FAILING, str(tmp_path)], PYTHONPATH=os.getcwd()),
+    )
+    assert code == 1, error
+    assert "Rank 1 failed" in error
+    assert "ZeroDivisionError: division by zero" in error
+    assert "in fail_on_rank_1" in error
+
+
+FAILING = """
+from tests.integration.failing import Nothing
+from xar_cli.launch import LaunchOptions, run
+
+if __name__ == "__main__":
+    run("tests.integration.failing:fail_on_rank_1", Nothing(), LaunchOptions(nproc_per_node=2))
+"""
+
+
+def two_machines():
+    """Two network namespaces joined by a cable; skips where that is not possible."""
+    if os.geteuid() != 0 or not shutil.which("ip"):
+        pytest.skip("network namespaces need root and the `ip` program")
+    tag = f"xar{os.getpid() % 10000}"
+    names = [f"{tag}a", f"{tag}b"]
+    commands = [
+        *(f"ip netns add {name}" for name in names),
+        f"ip link add {names[0]} netns {names[0]} type veth peer name {names[1]} netns {names[1]}",
+        *(f"ip -n {name} addr add 10.77.0.{i + 1}/24 dev {name}" for i, name in enumerate(names)),
+        *(f"ip -n {name} link set {device} up" for name in names for device in (name, "lo")),
+    ]
+    for command in commands:
+        if subprocess.run(command.split(), capture_output=True).returncode:
+            remove(names)
+            pytest.skip(f"network namespaces are not possible here: `{command}` fails")
+    return names
+
+
+def remove(names):
+    for name in names:
+        subprocess.run(["ip", "netns", "del", name], capture_output=True)
+
+
+@pytest.fixture
+def machines():
+    names = two_machines()
+    yield names
+    remove(names)
+
+
+def on_machine(machines, number, data, out, *options):
+    (port,) = (29400,)  # its own network: no other program can have it
+    return start(
+        [
+            "ip", "netns", "exec", machines[number], sys.executable,
+            *arguments(data, out, "--nnodes", "2", "--node-rank", str(number)),
+            "--rdzv-endpoint", f"10.77.0.1:{port}", *options,
+        ]
+    )  # fmt: skip
+
+
+@pytest.mark.slow
+def test_two_machines_are_one_run(machines, data, tmp_path):
+    both = [on_machine(machines, number, data, tmp_path / "run") for number in range(2)]
+    for process in both:
+        code, _, error = finish(process)
+        assert code == 0, error
+    alone = start([sys.executable, *arguments(data, tmp_path / "alone")])
+    assert finish(alone)[0] == 0
+    assert list(losses(tmp_path / "run").values()) == pytest.approx(list(losses(tmp_path / "alone").values()), rel=1e-5)
+
+
+@pytest.mark.slow
+def test_a_machine_that_dies_and_returns(machines, data, tmp_path):
+    """Machine 1 loses everything at once; machine 0 waits for it, and the run goes on from the newest checkpoint."""
+    longer = ("--set", "train.epochs=40", "--max-restarts", "3")
+    out = tmp_path / "run"
+    first = on_machine(machines, 0, data, out, *longer)
+    second = on_machine(machines, 1, data, out, *longer)
+    deadline = time.monotonic() + 200
+    while max([record["step"] for record in read_metrics(RunDir(out).metrics)], default=0) < 30:
+        assert time.monotonic() < deadline
+        assert first.poll() is None
+        time.sleep(0.1)
+    inside = subprocess.run(["ip", "netns", "pids", machines[1]], capture_output=True, text=True).stdout.split()
+    for pid in inside:
+        os.kill(int(pid), 9)
+    second.wait()
+    returned = on_machine(machines, 1, data, out, *longer)
+    for process in (returned, first):
+        code, _, error = finish(process)
+        assert code == 0, error
+    assert sorted(losses(out)) == list(range(1, 186))
