@@ -146,12 +146,14 @@ def test_download_refuses_what_is_not_what_the_hub_records(hub, tmp_path):
 
 def test_a_pushed_run_can_be_used_by_its_name_on_the_hub(hub, run_folder, tmp_path):
     results = tmp_path / "fid.json"
-    results.write_text(json.dumps({"protocol": "adm", "reference": "r256", "count": 50000, "fid": 2.5}))
+    metrics = {"fid": {"name": "FID", "value": 2.5, "error": None}}
+    measured = {"samples": {"count": 50000}, "reference": {"name": "r256", "sha256": "ab" * 32}}
+    results.write_text(json.dumps({**measured, "protocols": {"adm": {"metrics": metrics}}}))
     pushed = xar_process(hub, tmp_path / "a", "weights", "push", run_folder, "me/mine", "--results", results, "--json")
     assert pushed.returncode == 0, pushed.stderr
     assert json.loads(pushed.stdout)["address"] == f"{hub.address}/me/mine"
     card = hub.files["me/mine", "main", "README.md"].decode()
-    assert "| fid | 2.5 | adm | 50000 | r256 |" in card
+    assert "| FID | 2.5 | adm | 50000 | r256 (sha256 abababababab) |" in card
     assert ("me/mine", "main", "recipe.yaml") in hub.files
     info = xar_process(hub, tmp_path / "b", "weights", "info", "hf://me/mine/model.safetensors@main", "--json")
     assert info.returncode == 0, info.stderr

@@ -14,8 +14,6 @@ from xar_cli.weights.files import WeightsFile
 from xar_cli.weights.info import num_parameters
 
 WEIGHTS_NAME = "model.safetensors"
-_REQUIRED = ("protocol", "reference", "count")  # a number without these is not reported
-_NOT_RESULTS = ("count", "reference_count", "seconds", "seed")
 
 
 def write_model_folder(
@@ -31,21 +29,17 @@ def read_results(path: Path) -> dict[str, Any]:
     """What `xar fid --json` printed, from a file.
 
     Raises:
-        UserError: not JSON, or without protocol, reference and count.
+        UserError: not JSON, or without protocols, metrics, reference or count: no number is reported without them.
     """
     try:
-        result = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+        results = json.loads(path.read_text(encoding="utf-8"))
+        _table_rows(results)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(
-            f"Cannot read the results '{path}': {error}.", "Give a file with the output of `xar fid --json`."
-        ) from None
-    missing = [key for key in _REQUIRED if not isinstance(result, dict) or key not in result]
-    if missing:
-        raise UserError(
-            f"The results '{path}' do not say their {', '.join(missing)}.",
+            f"Cannot read the results '{path}': {type(error).__name__} {error}.",
             "Give a file with the output of `xar fid --json`.",
-        )
-    return result
+        ) from None
+    return results
 
 
 def model_card(weights: WeightsFile, repo: str, results: Sequence[Mapping[str, Any]], licence: str | None) -> str:
@@ -102,19 +96,17 @@ _KINDS = {
 def _results_table(results: Sequence[Mapping[str, Any]]) -> list[str]:
     if not results:
         return ["Not measured yet."]
-    rows = ["| metric | value | protocol | images | reference |", "|---|---|---|---|---|"]
-    for result in results:
-        where = f"{result['protocol']} | {result['count']} | {result['reference']}"
-        rows += [f"| {name} | {value:.4g} | {where} |" for name, value in _numbers(result) if name not in _NOT_RESULTS]
+    head = ["| metric | value | protocol | images | reference |", "|---|---|---|---|---|"]
+    return head + [row for result in results for row in _table_rows(result)]
+
+
+def _table_rows(result: Mapping[str, Any]) -> list[str]:
+    """One row a metric, of the JSON of `xar fid`: value and error, protocol, count, reference with its hash."""
+    reference = f"{Path(result['reference']['name']).name} (sha256 {result['reference']['sha256'][:12]})"
+    count = int(result["samples"]["count"])
+    rows = []
+    for protocol, found in result["protocols"].items():
+        for metric in found["metrics"].values():
+            error = f" ± {metric['error']:.2g}" if metric.get("error") else ""
+            rows.append(f"| {metric['name']} | {metric['value']:.4g}{error} | {protocol} | {count} | {reference} |")
     return rows
-
-
-def _numbers(values: Mapping[str, Any], prefix: str = "") -> list[tuple[str, float]]:
-    """Every number in a nested record, by its dotted name."""
-    found: list[tuple[str, float]] = []
-    for key, value in values.items():
-        if isinstance(value, Mapping):
-            found += _numbers(value, f"{prefix}{key}.")
-        elif isinstance(value, (int, float)) and not isinstance(value, bool):
-            found.append((prefix + key, float(value)))
-    return found

@@ -4,24 +4,55 @@ from __future__ import annotations
 
 import json
 
+import numpy as np
 import pytest
+from PIL import Image
 
+from xar_cli.cli.app import main
 from xar_cli.errors import UserError
 from xar_cli.weights import open_weights
 from xar_cli.weights.card import model_card, read_results, write_model_folder
 
+RESULT = {
+    "samples": {"name": "samples/mine", "sha256": "11" * 32, "count": 50000},
+    "reference": {"name": "refs/VIRTUAL_imagenet256.npz", "sha256": "ab" * 32, "count": 10000},
+    "protocols": {
+        "adm": {
+            "protocol": "adm",
+            "metrics": {
+                "fid": {"name": "FID", "value": 2.3456, "error": 0.031, "note": "", "higher_is_better": False},
+                "is": {"name": "IS", "value": 280.44, "error": None, "note": "", "higher_is_better": True},
+            },
+        }
+    },
+}
+
 
 def test_card_of_a_run(run_folder):
-    results = [{"protocol": "adm", "reference": "VIRTUAL_imagenet256", "count": 50000, "fid": 2.345, "ok": True}]
-    card = model_card(open_weights(run_folder), "someone/my-xar", results, "mit")
+    card = model_card(open_weights(run_folder), "someone/my-xar", [RESULT], "mit")
     assert "license: mit" in card
     assert "hf://someone/my-xar/model.safetensors" in card
     assert "--tokenizer-weights kl16.ckpt" in card
     assert "step 1234" in card
     assert "entity cell, 8" in card
-    assert "| fid | 2.345 | adm | 50000 | VIRTUAL_imagenet256 |" in card
-    assert "| ok |" not in card
+    where = "adm | 50000 | VIRTUAL_imagenet256.npz (sha256 abababababab) |"
+    assert f"| FID | 2.346 ± 0.031 | {where}" in card
+    assert f"| IS | 280.4 | {where}" in card
     assert "not a result of these weights" in card
+
+
+def test_the_output_of_xar_fid_is_what_a_card_reads(tmp_path, capsys):
+    """The two stages meet through a file: what one prints today, the other must understand."""
+    for index in range(4):
+        pixels = np.random.default_rng(index).integers(0, 256, (8, 8), dtype=np.uint8)
+        (tmp_path / "images" / "0").mkdir(parents=True, exist_ok=True)
+        Image.fromarray(pixels).save(tmp_path / "images" / "0" / f"{index}.png")
+    words = ["fid", "--samples", "IMAGES", "--reference", "IMAGES", "--protocol", "digits", "--json"]
+    arguments = [str(tmp_path / "images") if word == "IMAGES" else word for word in words]
+    with pytest.raises(SystemExit):
+        main([*arguments, "--no-feature-cache"])
+    (tmp_path / "fid.json").write_text(capsys.readouterr().out)
+    assert "digits" in read_results(tmp_path / "fid.json")["protocols"]
 
 
 def test_a_card_without_results_says_so_and_claims_no_licence(run_folder):
@@ -38,14 +69,16 @@ def test_folder_to_push(run_folder, tmp_path):
     assert open_weights(out / "model.safetensors").step == 1234
 
 
-@pytest.mark.parametrize("content", ["not json", "[1]", '{"fid": 1.0, "protocol": "adm"}'])
-def test_results_without_their_protocol_are_refused(tmp_path, content):
-    (tmp_path / "fid.json").write_text(content)
-    with pytest.raises(UserError, match="xar fid --json"):
+@pytest.mark.parametrize("missing", ["samples", "reference", "protocols"])
+def test_results_without_their_protocol_are_refused(tmp_path, missing):
+    (tmp_path / "fid.json").write_text(json.dumps({key: value for key, value in RESULT.items() if key != missing}))
+    with pytest.raises(UserError, match=missing) as error:
         read_results(tmp_path / "fid.json")
+    assert "xar fid --json" in error.value.next_step
 
 
-def test_results_are_read(tmp_path):
-    result = {"protocol": "adm", "reference": "r", "count": 10, "metrics": {"fid": 1.0}}
-    (tmp_path / "fid.json").write_text(json.dumps(result))
-    assert read_results(tmp_path / "fid.json") == result
+@pytest.mark.parametrize("content", ["not json", "[1]", "1"])
+def test_files_that_are_no_results_are_refused(tmp_path, content):
+    (tmp_path / "fid.json").write_text(content)
+    with pytest.raises(UserError, match="Cannot read the results"):
+        read_results(tmp_path / "fid.json")
