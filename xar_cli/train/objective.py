@@ -30,7 +30,8 @@ def batch_loss(
     unlabelled = torch.full_like(labels, config.null_label)
     labels = torch.where(draws.drop_label, unlabelled, labels) if config.data.num_classes else unlabelled
     with autocast(config.train.precision, moments.device):
-        return velocity_loss(model, grouping.to_tokens(latents), draws.noise, draws.t, labels, grouping.lengths)
+        x, clean = grouping.to_tokens(latents), config.train.context == "clean"
+        return velocity_loss(model, x, draws.noise, draws.t, labels, grouping.lengths, clean)
 
 
 def velocity_loss(
