@@ -131,8 +131,8 @@ def teacher_forcing_attention(
 ) -> Tensor:
     """Attention of a batch that holds every image twice: first with clean entities, then with noisy ones.
 
-    A clean entity sees itself and all earlier clean ones. A noisy entity sees itself and all earlier *clean* ones, which
-    is what it sees in sampling; so one pass trains all entities (paper, Table 5, context "clean").
+    A clean entity sees itself and all earlier clean ones. A noisy entity sees itself and all earlier *clean* ones,
+    which is what it sees in sampling; so one pass trains all entities (paper, Table 5, context "clean").
 
     Args:
         queries, keys, values: (2 B, H, N, E), the clean half first.
