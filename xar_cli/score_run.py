@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -24,12 +25,11 @@ from xar_cli.evaluate.reference import open_reference
 from xar_cli.evaluate.report import write_report
 from xar_cli.evaluate.stage import REPORT_BYTES
 from xar_cli.evaluate.sweep import Point, Score, Steps, run_sweep
-from xar_cli.precision import set_matmul_precision
+from xar_cli.model import XAR
 from xar_cli.run_dir import RunDir, require_writable
 from xar_cli.sample.request import build_settings
-from xar_cli.sample.stage import SampleSettings, draw_images, make_manifest
-from xar_cli.tokenizer import Codec, load_tokenizer
-from xar_cli.weights import load_weights
+from xar_cli.sample.stage import SampleSettings, draw_images, load_codec, make_manifest, ready_network
+from xar_cli.weights import open_weights
 
 
 class RunSettings(Section):
@@ -102,6 +102,9 @@ def sweep_of_run(settings: SweepSettings) -> dict[str, Any]:
         protocol = source.protocols[0]
 
         def score(point: Point) -> Score | None:
+            if "model" not in vars(source):  # a first batch, so that compiling does not count in the speed
+                warm_up = range(min(config.sample.batch_size, source.sampling.count))
+                source.images(source.sampling).load_many(list(warm_up))
             values = [f"sample.guidance_scale={point.guidance_scale}", f"sample.num_steps={point.num_steps}"]
             changed = source.sampling.model_copy(update={"config": override(config, values)})
             images = source.images(changed, keep_features=False)
@@ -147,10 +150,15 @@ class _Source:
         self.protocols = [one.name for one in pick_protocols(settings.protocols or config.evaluate.protocol)]
         if self.sampling.count < 2:
             raise UserError("One image is no distribution.", "Give a larger --count.")
-        set_matmul_precision(config.train.precision)
-        self.model, weights = load_weights(run.root, config, ema=True, device=ranks.device)
-        tokenizer = load_tokenizer(config, settings.tokenizer_weights, ranks.device)
-        self.codec, self.weights_sha256 = Codec(tokenizer, config.tokenizer.latent_scale), weights.sha256
+        self.codec = load_codec(self.sampling, ranks.device)
+        self._weights = open_weights(run.root, config)
+        self.weights_sha256 = self._weights.sha256
+
+    @cached_property
+    def model(self) -> XAR:
+        """The network; not loaded where all features are in the cache."""
+        share = -(-self.sampling.count // self.ranks.world_size)
+        return ready_network(self.sampling, self._weights.load(self.ranks.device), share)
 
     def images(self, sampling: SampleSettings, keep_features: bool = True) -> GeneratedImages:
         """The images that `xar sample` would write with these settings, drawn when they are asked for."""

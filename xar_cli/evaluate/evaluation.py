@@ -27,6 +27,7 @@ from xar_cli.evaluate.reference import Reference, open_reference, write_statisti
 from xar_cli.evaluate.results import Evaluation, SetFacts
 from xar_cli.evaluate.weights import Weights
 from xar_cli.logs import log
+from xar_cli.run_dir import require_writable
 
 COMPILE_FROM = 1000  # images from which compiling the network (a minute or so) pays
 ALONE = Ranks(rank=0, local_rank=0, world_size=1, device=torch.device("cpu"))
@@ -159,6 +160,8 @@ class _Extraction:
     """Networks and tables by the settings of one evaluation; each set's content hash is computed once."""
 
     def __init__(self, settings: Settings, ranks: Ranks) -> None:
+        if settings.feature_cache is not None:
+            require_writable(settings.feature_cache, 1 << 20, "the features")
         self.settings, self.ranks = settings, ranks
         self._hashes: dict[int, str] = {}
 

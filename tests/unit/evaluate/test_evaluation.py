@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 
 import numpy as np
@@ -101,6 +102,19 @@ def test_vgg16_given_with_statistics_alone_does_not_stop_the_rest(folders, tmp_p
     assert found.first.metrics["precision"].value is None
     with_images = evaluate(*folders, "torch-fidelity", settings=settings)
     assert "vgg16 features" in with_images.first.metrics["precision"].note
+
+
+def test_an_adm_batch_gives_statistics_to_fid_and_images_to_the_rest(folders, tmp_path) -> None:
+    make_statistics(folders[1], tmp_path / "ref.npz", "adm", settings=QUICK)
+    batch = tmp_path / "batch.npz"
+    with np.load(tmp_path / "ref.npz") as arrays:
+        named = {name: arrays[name] for name in ("mu", "sigma", "mu_s", "sigma_s")}
+    np.savez(batch, arr_0=make_images(9, seed=3), **named)
+    found = evaluate(folders[0], batch, "adm", settings=QUICK)
+    direct = evaluate(*folders, "adm", settings=QUICK)
+    assert found.frechet_distance == pytest.approx(direct.frechet_distance, rel=1e-9)
+    assert "9 reference images" in found.first.metrics["precision"].note
+    assert found.reference.sha256 == hashlib.sha256(batch.read_bytes()).hexdigest()  # statistics included
 
 
 def test_clean_fid_never_takes_statistics_of_adm(folders, tmp_path) -> None:
