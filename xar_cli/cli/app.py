@@ -47,6 +47,8 @@ def _root(
     """Options of `xar` itself."""
 
 
+CTRL_C = 130
+
 # Typer carries its own copy of click since 0.2x; these are whichever classes it raises.
 _ClickException: Any = next(base for base in typer.BadParameter.__mro__ if base.__name__ == "ClickException")
 
@@ -55,12 +57,14 @@ def main(arguments: list[str] | None = None) -> None:
     """Run `xar`; exits with 0 for success, 1 for a failure during the work, 2 for bad input, 130 for Ctrl-C."""
     try:
         code = app(args=arguments, prog_name="xar", standalone_mode=False)
+        if code == CTRL_C:  # some versions of Typer return it in place of raising
+            raise KeyboardInterrupt
     except UserError as error:
         _fail(error.message, error.next_step)
         sys.exit(error.exit_code)
     except (typer.Abort, KeyboardInterrupt):
         _fail("Stopped by Ctrl-C.", "The same command goes on from what is on disk.")
-        sys.exit(130)
+        sys.exit(CTRL_C)
     except _ClickException as error:
         error.show()
         sys.exit(2)

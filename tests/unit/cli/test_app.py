@@ -91,8 +91,11 @@ def test_ctrl_c_is_130_and_a_user_error_keeps_its_code(capsys, monkeypatch):
     def interrupted(**_: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(app_module, "app", interrupted)
-    assert run(capsys)[0] == 130
+    for stopped in (interrupted, lambda **_: 130):
+        monkeypatch.setattr(app_module, "app", stopped)
+        code, _, err = run(capsys)
+        assert code == 130
+        assert "Stopped by Ctrl-C" in err
 
     def failed(**_: object) -> None:
         raise UserError("The disk is full.", "Free some space.", exit_code=1)
