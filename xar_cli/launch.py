@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import importlib
 import json
+import logging
 import os
 import signal
 import sys
@@ -134,6 +135,7 @@ def _launch(stage: str, settings: Section, options: LaunchOptions) -> Mapping[st
     # Some cores for each worker, unless the person has said how many.
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // options.nproc_per_node)))
     setup_logs()
+    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)  # what it would say is said below
     # Slurm's early warning is often SIGUSR1, which the elastic launcher does not pass on.
     before = signal.signal(signal.SIGUSR1, lambda *_: os.kill(os.getpid(), signal.SIGTERM))
     with tempfile.TemporaryDirectory(prefix="xar-launch-") as name:
@@ -145,7 +147,7 @@ def _launch(stage: str, settings: Section, options: LaunchOptions) -> Mapping[st
         except ChildFailedError as error:
             _raise_user_error(folder)
             rank, failure = error.get_first_failure()
-            log.error("Rank %s failed:\n%s", rank, failure.message)
+            log.error("Rank %s failed:\n%s", rank, _traceback(failure.message))
             raise SystemExit(exit_code(failure.exitcode)) from None
         except SignalException as error:
             _raise_user_error(folder)
@@ -153,9 +155,7 @@ def _launch(stage: str, settings: Section, options: LaunchOptions) -> Mapping[st
         except (RendezvousError, DistError) as error:
             _raise_user_error(folder)
             in_use = "EADDRINUSE" in repr(error) or "already in use" in repr(error)
-            absent = (
-                f"The {options.nnodes} machines did not meet at {options.rdzv_endpoint}, or one went away: {error}."
-            )
+            absent = f"The {options.nnodes} machines did not meet at {options.rdzv_endpoint}, or one went away: {error}"
             raise UserError(
                 f"The port of {options.rdzv_endpoint} is in use." if in_use else absent,
                 "Check that machine 0 is up, that the port is free and open, and that all name the same endpoint.",
@@ -202,6 +202,12 @@ def _address_towards(endpoint: str) -> str:
         raise UserError(
             f"There is no way from here to {endpoint}: {error}.", "Check the host name and the network."
         ) from None
+
+
+def _traceback(message: Any) -> str:
+    """The traceback in what the elastic launcher keeps of a failure, or all of it."""
+    details = message.get("extraInfo", {}) if isinstance(message, dict) else {}
+    return str(details.get("py_callstack", message)).rstrip()
 
 
 def exit_code(code: int) -> int:

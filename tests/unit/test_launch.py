@@ -92,3 +92,14 @@ def test_torchrun_comes_before_slurm():
     environment = slurm(RANK="3", WORLD_SIZE="4")
     assert join_job(environment)
     assert environment["RANK"] == "3"
+
+
+@pytest.mark.parametrize(("code", "shown"), [(-9, 137), (-15, 143), (2, 2), (1, 1), (0, 1)])
+def test_exit_codes_are_those_of_a_shell(code, shown):
+    assert launch.exit_code(code) == shown
+
+
+def test_the_traceback_is_taken_out_of_the_launchers_record():
+    message = {"message": "short", "extraInfo": {"py_callstack": "Traceback ...\nZeroDivisionError\n"}}
+    assert launch._traceback(message) == "Traceback ...\nZeroDivisionError"
+    assert launch._traceback("Signal 9 received") == "Signal 9 received"
