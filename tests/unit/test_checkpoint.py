@@ -106,7 +106,9 @@ def test_a_full_disk_leaves_the_old_ones_and_goes_on(run, monkeypatch, caplog):
     writer.save(1, groups(1), {})
     writer.wait()
     with monkeypatch.context() as patch:
-        patch.setattr(checkpoint, "_save_file", lambda *_: (_ for _ in ()).throw(OSError(28, "No space left on device")))
+        patch.setattr(
+            checkpoint, "_save_file", lambda *_: (_ for _ in ()).throw(OSError(28, "No space left on device"))
+        )
         writer.save(2, groups(2), {})
         writer.wait()
     assert steps(run) == [1]
