@@ -45,8 +45,6 @@ def golden_config(golden_settings) -> Config:
 def golden_model(golden, golden_config) -> XAR:
     """The golden model with its weights, in eval mode."""
     model = XAR(golden_config)
-    state = {
-        name.removeprefix("state."): tensor for name, tensor in golden.items() if name.startswith("state.")
-    }
+    state = {name.removeprefix("state."): tensor for name, tensor in golden.items() if name.startswith("state.")}
     model.load_state_dict(from_published(state, golden_config), strict=True)
     return model.eval()

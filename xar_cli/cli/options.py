@@ -19,7 +19,8 @@ DeviceOption = Annotated[str, typer.Option("--device", help="auto (CUDA where th
 JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout instead of a table.")]
 DryRunOption = Annotated[bool, typer.Option("--dry-run", help="Print the plan; write nothing.")]
 TokenizerWeightsOption = Annotated[
-    Path | None, typer.Option("--tokenizer-weights", help="kl16.ckpt, the same as safetensors, or hf://owner/repo/file.")
+    Path | None,
+    typer.Option("--tokenizer-weights", help="kl16.ckpt, the same as safetensors, or hf://owner/repo/file."),
 ]
 NprocOption = Annotated[int, typer.Option("--nproc-per-node", help="Processes on each machine, one per GPU.")]
 NnodesOption = Annotated[int, typer.Option("--nnodes", help="Machines.")]

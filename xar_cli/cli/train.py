@@ -63,10 +63,10 @@ def train(
     """
     from xar_cli.config import load_recipe
     from xar_cli.errors import UserError
-    from xar_cli.evaluate import Settings as Measure
     from xar_cli.launch import LaunchOptions, run
     from xar_cli.train.loop import TrainSettings, dry_run_plan
     from xar_cli.train.plan import describe_plan
+    from xar_cli.train.preview import Measure
 
     if recipe is None:
         raise UserError("--recipe is missing.", "See `xar recipes list`.")

@@ -20,7 +20,6 @@ from xar_cli.data.loader import LatentLoader
 from xar_cli.data.sharding import SampleStream
 from xar_cli.distributed import TIMEOUT_SECONDS, Ranks, process_group
 from xar_cli.errors import UserError
-from xar_cli.evaluate import Settings as Measure
 from xar_cli.logs import Progress, log, progress, read_metrics
 from xar_cli.precision import set_matmul_precision
 from xar_cli.run_dir import RunDir
@@ -29,7 +28,7 @@ from xar_cli.train.draws import draw_mirrored, draw_step
 from xar_cli.train.initial import init_from
 from xar_cli.train.plan import TrainPlan, make_plan
 from xar_cli.train.preflight import batch_limit, first_batch, on_all_ranks
-from xar_cli.train.preview import Preview
+from xar_cli.train.preview import Measure, Preview
 from xar_cli.train.records import Records, check_loggers
 from xar_cli.train.run import check_agreement, check_cache, check_run, cut_metrics, open_run
 from xar_cli.train.signals import stop_signals
@@ -109,15 +108,15 @@ def dry_run_plan(
 ) -> TrainPlan:
     """The plan of a run, with every check that can be made before it starts; nothing is written.
 
-    Without a latent cache the plan is for the number of images that the recipe states.
+    Without a latent cache the plan is for the number of images that the recipe states, perhaps for another machine:
+    this one's disk is not asked then.
     """
-    num_images = config.data.num_images
-    if data is not None:
-        with LatentReader(data) as reader:
-            check_cache(reader, config)
-            num_images = reader.num_samples
     check_loggers(config.train.loggers)
-    plan = make_plan(config, world_size, num_images)
+    if data is None:
+        return make_plan(config, world_size, config.data.num_images)
+    with LatentReader(data) as reader:
+        check_cache(reader, config)
+        plan = make_plan(config, world_size, reader.num_samples)
     check_run(out, config, plan.disk_bytes, allow_recipe_change)
     return plan
 
