@@ -21,7 +21,7 @@ def quickstart(
     device: DeviceOption = "auto",
     as_json: JsonOption = False,
 ) -> None:
-    """Digits, latents, training, samples, Frechet distance: the four stages on real data, at most 5 minutes on 2 cores."""
+    """Digits, latents, training, samples, Frechet distance: all four stages on real data, in 5 minutes on 2 cores."""
     from xar_cli.logs import setup_logs
     from xar_cli.quickstart import quickstart as run_quickstart
 

@@ -46,6 +46,9 @@ def train(
         list[Path] | None, typer.Option("--inception-weights", help="Inception file, for train.eval_every.")
     ] = None,
     tokenizer_weights: TokenizerWeightsOption = None,
+    in_memory: Annotated[
+        bool, typer.Option("--in-memory", help="Copy the cache to memory first, once per machine.")
+    ] = False,
     device: DeviceOption = "auto",
     nproc_per_node: NprocOption = 1,
     nnodes: NnodesOption = 1,
@@ -89,6 +92,7 @@ def train(
         data=data.absolute(),
         out=out.absolute(),
         device=device,
+        in_memory=in_memory,
         init_from=init_from,
         allow_recipe_change=allow_recipe_change,
         tokenizer_weights=tokenizer_weights,

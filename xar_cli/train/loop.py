@@ -48,6 +48,7 @@ class TrainSettings(Section):
         data: the latent cache.
         out: the run folder.
         device: auto, cpu, cuda or cuda:N.
+        in_memory: copy the cache to memory first, once for all ranks of a machine.
         init_from: weights to start a new run from; a file, a run folder or an hf:// name.
         allow_recipe_change: go on with a run whose recipe was changed where its checkpoints still hold.
         tokenizer_weights: file of KL-16's weights, for previews and evaluations.
@@ -60,6 +61,7 @@ class TrainSettings(Section):
     data: Path
     out: Path
     device: str = "auto"
+    in_memory: bool = False
     init_from: str | None = None
     allow_recipe_change: bool = False
     tokenizer_weights: Path | None = None
@@ -79,7 +81,10 @@ def train(settings: TrainSettings) -> dict[str, Any]:
             stays non-finite (exit code 1), the run was stopped by a signal (128 + its number).
     """
     config, run = settings.config, RunDir(settings.out)
-    with process_group(settings.device, settings.timeout) as ranks, LatentReader(settings.data) as reader:
+    with (
+        process_group(settings.device, settings.timeout) as ranks,
+        LatentReader(settings.data, settings.in_memory) as reader,
+    ):
         on_all_ranks(ranks, lambda: check_cache(reader, config))
         check_agreement(ranks, config, reader)
         ranks.on_main(lambda: check_loggers(config.train.loggers))
