@@ -47,6 +47,7 @@ def finish(process, timeout=240):
     return process.returncode, out, error
 
 
+@pytest.mark.slow
 def test_torchrun_inside_and_somebody_elses_and_slurm(data, tmp_path):
     """Three ways to two ranks, one run."""
     inside = start([sys.executable, *arguments(data, tmp_path / "inside", "--nproc-per-node", "2", "--json")])

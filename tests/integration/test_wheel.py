@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 import sysconfig
@@ -33,17 +34,25 @@ def python(tmp_path_factory) -> Path:
     return python
 
 
+def clean_environment() -> dict[str, str]:
+    """This environment without what would lead Python back to a checkout."""
+    return {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+
+
 def xar(python: Path, *arguments: str) -> str:
     result = subprocess.run(
-        [python, "-m", "xar_cli", *arguments], capture_output=True, text=True, cwd=python.parent, check=False
-    )
+        [python, "-m", "xar_cli", *arguments],
+        capture_output=True, text=True, cwd=python.parent, env=clean_environment(), check=False,
+    )  # fmt: skip
     assert result.returncode == 0, result.stderr
     return result.stdout
 
 
 def test_the_wheel_is_what_runs(python):
     code = "import xar_cli; print(xar_cli.__file__)"
-    where = subprocess.run([python, "-c", code], capture_output=True, text=True, cwd=python.parent, check=True).stdout
+    where = subprocess.run(
+        [python, "-c", code], capture_output=True, text=True, cwd=python.parent, env=clean_environment(), check=True
+    ).stdout
     assert str(python.parent.parent) in where
 
 
