@@ -134,6 +134,9 @@ def _launch(stage: str, settings: Section, options: LaunchOptions) -> Mapping[st
 
     # Some cores for each worker, unless the person has said how many.
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // options.nproc_per_node)))
+    # A store of their own for the workers each time they are started: in the launcher's, which they would share, the
+    # addresses of a former attempt are still written.
+    os.environ["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = "1"
     setup_logs()
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)  # what it would say is said below
     # Slurm's early warning is often SIGUSR1, which the elastic launcher does not pass on.
