@@ -10,7 +10,6 @@ import sys
 import time
 
 import pytest
-import torch
 
 from tests.caches import PIXEL_OVERRIDES, make_cache
 from tests.runs import SMALL, final_tensors, losses, settings, small_recipe
@@ -26,14 +25,6 @@ STEPS = 116
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
     return make_cache(tmp_path_factory.mktemp("cache") / "latents.h5")
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def start(data, out, *options):

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 
-import pytest
-import torch
 from typer.testing import CliRunner
 
 from tests.caches import make_images
@@ -21,14 +19,6 @@ OVERRIDES = (
     "train.log_every=1",
     "sample.num_steps=2",
 )
-
-
-@pytest.fixture(autouse=True)
-def _one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def xar(*arguments):
