@@ -32,7 +32,7 @@ from xar_cli.train.state import TrainState
 RECIPE = "tiny"
 RESULT = "quickstart.json"
 GRID_COLUMNS = 8  # digits of each class in the picture, generated and real
-SHARE_OF_TRAINING = 0.6  # of the minutes given; sampling and judging need the rest
+SHARE_OF_TRAINING = 0.7  # of the minutes given; sampling and judging need the rest
 CAPTION_PIXELS = 24
 DIGIT_PIXELS = 64
 

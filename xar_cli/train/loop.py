@@ -36,6 +36,7 @@ from xar_cli.train.state import TrainState
 from xar_cli.train.step import take_step
 from xar_cli.train.window import BadStep, Window
 
+WARM_UP_STEPS = 4  # of a measurement of speed
 # Beside the progress bar, each with its format.
 SHOWN = {"loss": ".4f", "lr": ".1e", "grad_norm": ".2f", "images_per_second": ".0f", "mfu": ".0%"}
 
@@ -126,20 +127,26 @@ def dry_run_plan(
     return plan
 
 
-def seconds_per_step(config: Config, data: Path, device: str, steps: int = 8) -> float:
-    """The median time of an optimizer step on this machine, measured on a state that is thrown away."""
+def seconds_per_step(config: Config, data: Path, device: str, watch_seconds: float = 6.0) -> float:
+    """The time of an optimizer step on this machine, measured on a state that is thrown away.
+
+    The first steps warm up and do not count; of the others, made for `watch_seconds`, the lower quartile: other work
+    on the machine that comes and goes must not be taken for its speed.
+    """
     with process_group(device) as ranks, LatentReader(data) as reader:
         plan = make_plan(config, ranks.world_size, reader.num_samples)
         state = TrainState.fresh(config, ranks.device, ranks)
         window = Window(ranks, state.model.grouping.lengths)
         times = []
         with closing(batches_from(config, plan, reader, ranks, first_step=0)) as batches:
-            for _ in range(steps):
+            end = time.monotonic() + watch_seconds
+            while time.monotonic() < end or len(times) < 2 * WARM_UP_STEPS:
                 began = time.monotonic()
                 take_step(state, plan, batches, ranks, window)
                 window.read(state.step, plan.global_batch_size)
                 times.append(time.monotonic() - began)
-        return sorted(times)[steps // 2]
+        counted = sorted(times[WARM_UP_STEPS:])
+        return counted[len(counted) // 4]
 
 
 def batches_from(
