@@ -137,7 +137,7 @@ def seconds_per_step(config: Config, data: Path, device: str, watch_seconds: flo
         plan = make_plan(config, ranks.world_size, reader.num_samples)
         state = TrainState.fresh(config, ranks.device, ranks)
         window = Window(ranks, state.model.grouping.lengths)
-        times = []
+        times: list[float] = []
         with closing(batches_from(config, plan, reader, ranks, first_step=0)) as batches:
             end = time.monotonic() + watch_seconds
             while time.monotonic() < end or len(times) < 2 * WARM_UP_STEPS:
