@@ -31,8 +31,17 @@ def training_flops(config: Config, model: XAR) -> float:
     modulation = len(lengths) * 6 * dim * dim
     visible = sum(length * end for length, end in zip(lengths, model.grouping.ends, strict=True))
     attention = 2 * visible * dim  # scores, and the sum of values
-    ends = tokens * (2 * config.latent_channels * dim + dim * dim)
-    return 3 * 2 * (blocks * (matrices + modulation + attention) + ends)
+    enter, cross, leave = (
+        tokens * config.latent_channels * dim,
+        tokens * dim * dim,
+        tokens * config.latent_channels * dim,
+    )
+    return 3 * 2 * (_copies(config) * (blocks * (matrices + modulation + attention) + enter + cross) + leave)
+
+
+def _copies(config: Config) -> int:
+    """How often the blocks see an image: twice with clean context (`teacher_forcing_attention`)."""
+    return 2 if config.train.context == "clean" else 1
 
 
 def peak_flops(device: torch.device, precision: str) -> float | None:
@@ -59,7 +68,7 @@ def activation_bytes(config: Config, model: XAR) -> int:
     block = 2 * block_input + (7 * dim + 3 * hidden) * size
     count = len(model.blocks)
     per_token = count * block_input + block if config.train.activation_checkpointing else count * block
-    return model.grouping.num_tokens * per_token
+    return _copies(config) * model.grouping.num_tokens * per_token
 
 
 def state_bytes(config: Config, model: XAR, world_size: int) -> int:

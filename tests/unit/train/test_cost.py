@@ -1,5 +1,6 @@
 import pytest
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 
 from xar_cli.config import load_recipe
 from xar_cli.model import XAR
@@ -35,3 +36,17 @@ def test_a_batch_by_estimate_fits_and_the_next_does_not():
 
     assert needed(batch) <= 0.85 * 80e9 < needed(batch + 1)
     assert batch_that_fits(config, 8, 10**6) == 1
+
+
+def test_clean_context_costs_what_a_trace_of_the_doubled_pass_counts():
+    def forward_flops(context):
+        config = load_recipe("base", ["model={dim: 32, depth: 1, heads: 2, dropout: 0.0}", f"train.context={context}"])
+        model = XAR(config).eval()
+        x, t, labels = torch.randn(1, 256, 16), torch.rand(1, 4), torch.zeros(1, dtype=torch.long)
+        with FlopCounterMode(display=False) as counter:
+            model(x, t, labels, context=x if context == "clean" else None)
+        return counter.get_total_flops(), training_flops(config, model) / 3
+
+    (noisy, noisy_counted), (clean, clean_counted) = forward_flops("random"), forward_flops("clean")
+    assert clean / noisy == pytest.approx(clean_counted / noisy_counted, rel=0.01)
+    assert clean_counted / noisy_counted > 1.9
