@@ -143,8 +143,8 @@ class XAR(nn.Module):
 class Block(nn.Module):
     """Attention and gated MLP, each modulated by the condition of its entity (adaLN).
 
-    The parts before and after attention are methods of their own: sampling compiles these two and leaves attention,
-    whose context grows from entity to entity, between them.
+    What stands between two matrix products, or between a product and attention, is a method of its own, so that
+    sampling can compile these parts alone or with the products, as the device likes it.
     """
 
     def __init__(self, dim: int, heads: int, hidden: int, dropout: float) -> None:
@@ -186,15 +186,31 @@ class Block(nn.Module):
         self, h: Tensor, modulation: Tensor, rope: Tensor, lengths: tuple[int, ...]
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Rotated queries, rotated keys and values, (B, H, N, E) each."""
-        _, _, scale, _, shift, _ = modulation.chunk(6, dim=-1)
-        return self.attention.project(modulate(h, scale, shift, lengths), rope)
+        return self.attention.split_heads(self.attention.qkv(self.attention_input(h, modulation, lengths)), rope)
 
     def after_attention(self, h: Tensor, attended: Tensor, modulation: Tensor, lengths: tuple[int, ...]) -> Tensor:
         """The rest of the block; `attended` (B, H, N, E) is what attention gave."""
-        gate_attn, gate_mlp, _, scale_mlp, _, shift_mlp = modulation.chunk(6, dim=-1)
-        h = h + gated(self.attention.finish(attended), gate_attn, lengths)
-        update = self.mlp(modulate(h, scale_mlp, shift_mlp, lengths))
-        return h + gated(update, gate_mlp, lengths)
+        update = self.attention.proj(attended.transpose(1, 2).flatten(2))
+        h, modulated = self.mlp_input(h, update, modulation, lengths)
+        return self.add_mlp(h, self.mlp(modulated), modulation, lengths)
+
+    def attention_input(self, h: Tensor, modulation: Tensor, lengths: tuple[int, ...]) -> Tensor:
+        """What attention's projection takes, (B, N, D)."""
+        _, _, scale, _, shift, _ = modulation.chunk(6, dim=-1)
+        return modulate(h, scale, shift, lengths)
+
+    def mlp_input(
+        self, h: Tensor, update: Tensor, modulation: Tensor, lengths: tuple[int, ...]
+    ) -> tuple[Tensor, Tensor]:
+        """Add attention's `update` (B, N, D): the new hidden states, and what the MLP takes, (B, N, D) each."""
+        gate, _, _, scale, _, shift = modulation.chunk(6, dim=-1)
+        h = h + gated(F.dropout(update, self.attention.dropout, self.training), gate, lengths)
+        return h, modulate(h, scale, shift, lengths)
+
+    def add_mlp(self, h: Tensor, update: Tensor, modulation: Tensor, lengths: tuple[int, ...]) -> Tensor:
+        """Add the MLP's `update` (B, N, D) to the hidden states."""
+        _, gate, _, _, _, _ = modulation.chunk(6, dim=-1)
+        return h + gated(F.dropout(update, self.mlp.dropout, self.training), gate, lengths)
 
 
 class GatedMLP(nn.Module):
@@ -214,9 +230,12 @@ class GatedMLP(nn.Module):
 
     def forward(self, h: Tensor) -> Tensor:
         """(B, N, D) -> (B, N, D)."""
-        gate, value = self.fc1(h).chunk(2, dim=-1)  # (B, N, M) each
-        h = F.dropout(F.gelu(gate) * value, self.dropout, self.training)
-        return F.dropout(self.fc2(h), self.dropout, self.training)
+        return self.fc2(self.product(self.fc1(h)))
+
+    def product(self, hidden: Tensor) -> Tensor:
+        """GELU(gate) * value, of both side by side: (B, N, 2 M) -> (B, N, M)."""
+        gate, value = hidden.chunk(2, dim=-1)
+        return F.dropout(F.gelu(gate) * value, self.dropout, self.training)
 
 
 class RMSNorm(nn.Module):

@@ -5,8 +5,28 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.utils.flop_counter import FlopCounterMode
 
-from xar_cli.model.attention import KVCache, block_causal_attention, block_causal_mask
+from xar_cli.model.attention import (
+    KVCache,
+    attention_runs,
+    block_causal_attention,
+    block_causal_mask,
+    teacher_forcing_attention,
+    teacher_forcing_mask,
+)
+
+LENGTHS = [
+    (40,),
+    (64, 64),
+    (32, 48, 40),
+    (2, 2, 2),
+    (1, 4, 16),
+    (1,) * 100,
+    (4,) * 40,
+    (1, 4, 16, 64, 256),
+    (31, 2, 33),
+]
 
 
 def test_mask_by_hand():
@@ -14,7 +34,40 @@ def test_mask_by_hand():
     assert mask.tolist() == [[True, True, False, False], [True, True, True, True], [True, True, True, True]]
 
 
-@pytest.mark.parametrize("lengths", [(40,), (64, 64), (32, 48, 40), (2, 2, 2), (1, 4, 16)])
+def test_small_entities_share_a_call_and_large_ones_stand_alone():
+    assert attention_runs((1,) * 256) == ((1,) * 64,) * 4
+    assert attention_runs((64,) * 4) == ((64,),) * 4
+    assert attention_runs((1, 4, 16, 64, 256)) == ((1, 4, 16), (64,), (256,))
+    assert attention_runs((16,) * 5) == ((16,) * 4, (16,))
+
+
+@pytest.mark.parametrize(
+    ("lengths", "share"), [((64,) * 4, 10 / 16), ((1,) * 256, 10 / 16), ((16,) * 16, 10 / 16), ((256,), 1)]
+)
+def test_little_more_than_the_visible_area_is_computed(lengths, share):
+    q, k, v = (torch.randn(1, 1, 256, 8) for _ in range(3))
+
+    def flops(attend):
+        with FlopCounterMode(display=False) as counter:
+            attend()
+        return counter.get_total_flops()
+
+    dense = flops(lambda: F.scaled_dot_product_attention(q, k, v, attn_mask=block_causal_mask(lengths)))
+    assert flops(lambda: block_causal_attention(q, k, v, lengths)) == share * dense
+
+
+@pytest.mark.parametrize("lengths", LENGTHS)
+def test_teacher_forcing_agrees_with_a_dense_mask(lengths):
+    tokens = sum(lengths)
+    q, k, v = (torch.randn(4, 3, tokens, 8) for _ in range(3))
+    clean = F.scaled_dot_product_attention(q[:2], k[:2], v[:2], attn_mask=block_causal_mask(lengths))
+    both_k, both_v = (torch.cat(x.chunk(2), dim=2) for x in (k, v))
+    noisy = F.scaled_dot_product_attention(q[2:], both_k, both_v, attn_mask=teacher_forcing_mask(lengths))
+    found = teacher_forcing_attention(q, k, v, lengths)
+    torch.testing.assert_close(found, torch.cat([clean, noisy]), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("lengths", LENGTHS)
 @pytest.mark.parametrize("past", [0, 5])
 def test_all_paths_agree_with_a_dense_mask(lengths, past):
     tokens = sum(lengths)
