@@ -60,11 +60,11 @@ def build_pair(config: Config) -> tuple[plain.PlainXAR, dict[str, Tensor]]:
     return network, dict(from_published(network.state_dict(), config))
 
 
-def build_ours(config: Config, state: dict[str, Tensor], precision: str, compiled: bool) -> XAR:
+def build_ours(config: Config, state: dict[str, Tensor], precision: str, compiled: bool, packed: bool = True) -> XAR:
     """Our network with these weights, ready for sampling."""
     model = XAR(config)
     model.load_state_dict({name: tensor.clone() for name, tensor in state.items()})
-    return prepare_network(model.eval(), precision, compiled)
+    return prepare_network(model.eval(), precision, compiled, packed)
 
 
 class Clock:

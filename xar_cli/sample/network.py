@@ -1,4 +1,4 @@
-"""The network as sampling needs it: weights in the dtype of the arithmetic, modulation tabulated, blocks compiled.
+"""The network as sampling needs it: weights ready for the arithmetic, modulation tabulated, blocks compiled.
 
 Changes how the velocity is computed, never what: the numbers are those of `XAR.forward` in the same precision.
 Legend: B rows, K entities, N tokens of the pass, C channels, D width.
@@ -7,7 +7,8 @@ Legend: B rows, K entities, N tokens of the pass, C channels, D width.
 from __future__ import annotations
 
 import shutil
-from typing import cast
+from collections.abc import Callable
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -19,6 +20,10 @@ from xar_cli.precision import AUTOCAST_DTYPES
 
 # Compiling takes about a minute of a CPU or a GPU that would do so much work meanwhile: FLOP, both rounded down.
 COMPILE_PAYS_FROM = {"cpu": 5e13, "cuda": 1e16}
+PACKED_ROWS = 512  # rows of a product that a weight is packed for; it serves any number
+PRODUCTS = ("attention.qkv", "attention.proj", "mlp.fc1", "mlp.fc2")
+PARTS_AROUND_ATTENTION = ("before_attention", "after_attention")
+PARTS_BETWEEN_PRODUCTS = ("attention_input", "attention.split_heads", "mlp_input", "mlp.product", "add_mlp")
 TABLE_BYTES = 512 * 1024**2  # modulation beyond this is computed again instead of kept
 
 
@@ -28,22 +33,59 @@ def compile_pays(flops: float, device: torch.device) -> bool:
     return has_compiler and flops >= COMPILE_PAYS_FROM.get(device.type, float("inf"))
 
 
-def prepare_network(model: XAR, precision: str, compiled: bool = False) -> XAR:
-    """Make a loaded network ready for sampling, in place.
+def prepare_network(model: XAR, precision: str, compiled: bool = False, packed: bool = True) -> XAR:
+    """Make a loaded network ready for sampling, in place; it cannot be trained any more.
 
-    The weights of all linear layers take the dtype that autocast would give them at every call. With `compiled`,
-    the two parts of a block around attention become one graph each, which serves all layers; attention, whose
-    context grows from entity to entity, stays between them, so that few shapes are compiled.
+    The weights of all linear layers take the dtype that autocast would give them at every call. On a CPU those of the
+    blocks are also `packed` into the order that its matrix product reads. With `compiled`, the parts of a block become
+    graphs that serve all layers: what stands between two packed products; elsewhere all before attention and all after
+    it. Attention, whose context grows from entity to entity, stays between them, so that few shapes are compiled.
     """
     dtype = AUTOCAST_DTYPES.get(precision)
     for module in model.modules():
         if dtype is not None and isinstance(module, nn.Linear):
             module.to(dtype)
-    if compiled:
-        for block in _blocks(model):
-            block.before_attention = torch.compile(block.before_attention, dynamic=False)  # type: ignore[method-assign]
-            block.after_attention = torch.compile(block.after_attention, dynamic=False)  # type: ignore[method-assign]
+    packed = packed and PackedLinear.possible(model.token_proj.weight)
+    for block in _blocks(model):
+        if packed:
+            _replace(block, PRODUCTS, PackedLinear)
+        if compiled:
+            parts = PARTS_BETWEEN_PRODUCTS if packed else PARTS_AROUND_ATTENTION
+            _replace(block, parts, lambda part: torch.compile(part, dynamic=False))
     return model
+
+
+def _replace(block: Block, paths: tuple[str, ...], ready: Callable[[Any], Any]) -> None:
+    """Put what `ready` makes of each layer or method of a block in its place."""
+    for path in paths:
+        owner, _, name = path.rpartition(".")
+        holder = block.get_submodule(owner)
+        setattr(holder, name, ready(getattr(holder, name)))
+
+
+class PackedLinear(nn.Module):
+    """A linear layer for a CPU, with its weight in oneDNN's own order: torch's reorders it at every call.
+
+    Takes any dtype and gives that of its weight, as autocast would.
+    """
+
+    def __init__(self, linear: nn.Linear) -> None:
+        super().__init__()
+        self.dtype, self.bias = linear.weight.dtype, linear.bias
+        self.packed = torch.ops.mkldnn._reorder_linear_weight(linear.weight.detach(), PACKED_ROWS)
+
+    @staticmethod
+    def possible(weight: Tensor) -> bool:
+        """Whether this torch on this CPU can pack a weight of that dtype."""
+        if weight.device.type != "cpu" or not torch.backends.mkldnn.is_available():
+            return False
+        if weight.dtype == torch.bfloat16:
+            return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+        return weight.dtype == torch.float32
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., D in) -> (..., D out)."""
+        return torch.ops.mkldnn._linear_pointwise(x.to(self.dtype), self.packed, self.bias, "none", [], "")
 
 
 class BatchNetwork:

@@ -12,7 +12,7 @@ from xar_cli.flow.solvers import SOLVERS
 from xar_cli.model import XAR
 from xar_cli.model.transformer import init_weights
 from xar_cli.precision import autocast
-from xar_cli.sample.network import BatchNetwork, prepare_network
+from xar_cli.sample.network import BatchNetwork, PackedLinear, prepare_network
 from xar_cli.sample.noise import AddressedNoise
 from xar_cli.sample.plan import SamplingPlan
 from xar_cli.sample.sampler import sample_latents
@@ -148,8 +148,25 @@ def test_weights_in_bf16_give_what_autocast_gives():
     plan = plan_for(small_model())
     with autocast("bf16", CPU):
         before = draw(small_model(), plan)
-        after = draw(prepare_network(small_model(), "bf16"), plan)
+        after = draw(prepare_network(small_model(), "bf16", packed=False), plan)
     assert torch.equal(before, after)
+
+
+@pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="torch was built without oneDNN")
+@pytest.mark.parametrize("rows", [1, 64, 512, 600])
+def test_a_packed_layer_gives_the_numbers_of_the_layer(rows):
+    linear, x = torch.nn.Linear(96, 160), torch.randn(2, rows, 96)
+    with torch.inference_mode():
+        torch.testing.assert_close(PackedLinear(linear)(x), linear(x), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(("precision", "tolerance"), [("fp32", 1e-5), ("bf16", 2e-2)])
+def test_packed_weights_give_the_same_images(precision, tolerance):
+    plan = plan_for(small_model())
+    with autocast(precision, CPU):
+        before = draw(prepare_network(small_model(), precision, packed=False), plan)
+        after = draw(prepare_network(small_model(), precision), plan)
+    assert ((after - before).norm() / before.norm()).item() < tolerance
 
 
 @pytest.mark.slow
