@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 from torch._dynamo.exc import TorchDynamoException
+from torch._inductor import config as inductor_config
 
 from xar_cli.errors import UserError
 from xar_cli.evaluate import digits, inception
@@ -102,19 +103,24 @@ class TorchFidelityInception(FeatureNetwork):
         net.load_state_dict(_load_state_dict(weights.path, net.state_dict()))
         net.eval().requires_grad_(False).fold_batch_norms()
         self.net = net.to(device, self.dtype).to(memory_format=torch.channels_last)
-        options: dict[str, Any] = {} if device.type == "cuda" else {"freezing": True}
-        self.compiled = torch.compile(self.net, options=options) if compiled else None
+        self.compiled = torch.compile(self._resize_and_run) if compiled else None
 
     def forward(self, images: Tensor) -> Sequence[Tensor]:
         """Pool features, logits without bias, spatial features."""
-        resized = inception.resize_like_tensorflow(images).to(self.dtype, memory_format=torch.channels_last)
         if self.compiled is not None:
             try:
-                return self.compiled(resized)
+                # On a CPU the weights become constants of the graph, in oneDNN's own order. As an option of
+                # torch.compile this has no effect: it must be set while the graph is traced, in the first call.
+                with inductor_config.patch(freezing=self.device.type == "cpu"):
+                    return self.compiled(images)
             except TorchDynamoException as error:  # no C++ compiler on this machine, most likely
                 log.warning(f"the network is not compiled: {str(error).strip().splitlines()[0]}")
                 self.compiled = None
-        return self.net(resized)
+        return self._resize_and_run(images)
+
+    def _resize_and_run(self, images: Tensor) -> Sequence[Tensor]:
+        resized = inception.resize_like_tensorflow(images)
+        return self.net(resized.to(self.dtype, memory_format=torch.channels_last))
 
 
 class CleanFidInception(FeatureNetwork):

@@ -73,6 +73,20 @@ def test_without_a_compiler_the_plain_network_is_used(inception_files, monkeypat
     assert "no working C++ compiler" in caplog.text
 
 
+@pytest.mark.slow
+@pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="torch was built without oneDNN")
+def test_compiled_features_are_equal_and_weights_stay_in_the_order_of_the_convolution(inception_files) -> None:
+    plain = TorchFidelityInception(weights(inception_files.torch_fidelity), CPU, "fp32", compiled=False)
+    compiled = TorchFidelityInception(weights(inception_files.torch_fidelity), CPU, "fp32", compiled=True)
+    images = make_images(2)
+    assert relative(compiled.features(images)["pool"], plain.features(images)["pool"]) < 1e-4
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        compiled.features(images)
+    kernels = {event.key for event in profile.key_averages()}
+    assert "mkldnn::_convolution_pointwise" in kernels
+    assert "aten::mkldnn_convolution" not in kernels  # which puts the weight in order at every call
+
+
 def test_the_two_resizes_differ() -> None:
     """Shrinking is where: TensorFlow 1's bilinear does not smooth, clean-fid's does. So their numbers do not mix."""
     image = np.zeros((1024, 1024, 3), np.uint8)
