@@ -117,7 +117,7 @@ def build_grouping(entity: EntityConfig, grid: tuple[int, int]) -> Grouping:
         return _in_order(_cells(grid, *grid), grid, "raster")
     if entity.kind == "subsample":
         return _in_order(_subsamples(grid, entity.stride), grid, entity.order)
-    sizes = tuple((size, size) for size in entity.sizes)
+    sizes = entity.shapes
     coordinates = torch.cat([_token_centres(grid, size) for size in sizes])
     return ScalePyramid(grid, tuple(rows * columns for rows, columns in sizes), coordinates, sizes, entity.resize)
 
