@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import torch
 
-from xar_cli.config.schema import Config
+from xar_cli.config.schema import Config, sides_text
 from xar_cli.distributed import assign
 from xar_cli.errors import UserError
 from xar_cli.logs import log
@@ -39,6 +39,12 @@ def init_from(state: TrainState, source: str, class_names: Sequence[str]) -> Non
             f"'{source}' is of another network than recipe '{config.name}': "
             f"{', '.join(unlike[:3]) or CLASS_TABLE} differ.",
             "Choose a recipe with the same width, depth, image size and entities; only the classes may differ.",
+        )
+    if found.stored is not None and found.stored.grid != config.grid:  # as many tokens, in other places
+        raise UserError(
+            f"'{source}' was trained on a grid of {sides_text(found.stored.grid)} tokens, recipe '{config.name}' has "
+            f"{sides_text(config.grid)}: its positions do not fit.",
+            "Choose a recipe with the same image size and tokenizer.",
         )
     table = fresh_class_table(config)
     kept = matching_classes(config, found.config, class_names, found.class_names)
