@@ -30,7 +30,7 @@ from xar_cli.run_dir import require_writable, write_atomic, write_json
 
 TABLE_VERSION = 1
 DONE = "table.json"
-MIXED_SIZES_STEP = "Give images of one size, or --image-size N for ADM's centre crop."
+MIXED_SIZES_STEP = "Give images of one size, or --image-size SIDE (or HEIGHTxWIDTH) for ADM's centre crop."
 BATCHES_AHEAD = 2  # batches that threads decode while the network works
 
 
