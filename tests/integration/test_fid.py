@@ -75,7 +75,7 @@ def test_table_names_protocol_and_count(capsys, digits) -> None:
 @pytest.mark.parametrize(
     ("size", "words"),
     [
-        ("8x12", "has 12 x 8 pixels where 8 x 8 are expected"),  # height first
+        ("8x12", "has 8 x 12 pixels (height x width) where 8 x 8 are expected"),
         ("8by8", "'--image-size 8by8' is neither SIDE nor HEIGHTxWIDTH"),
         ("0", "'--image-size 0' is neither"),
     ],

@@ -51,6 +51,12 @@ def sides_text(sides: int | Sequence[int]) -> str:
     return f"{height} x {width}"
 
 
+def pixels_text(sides: int | Sequence[int]) -> str:
+    """The size of an image for people: '256 x 256 pixels', '256 x 384 pixels (height x width)'."""
+    height, width = height_and_width(sides)
+    return f"{sides_text(sides)} pixels" + ("" if height == width else " (height x width)")
+
+
 Sides = Annotated[PositiveInt | tuple[PositiveInt, PositiveInt], BeforeValidator(square_or_pair)]
 
 
@@ -73,9 +79,8 @@ class DataConfig(Section):
 
     @property
     def size_text(self) -> str:
-        """The size for people: '256 x 256 pixels', '256 x 384 pixels (height x width)'."""
-        note = "" if isinstance(self.image_size, int) else " (height x width)"
-        return f"{sides_text(self.image_size)} pixels{note}"
+        """The size for people, as in `pixels_text`."""
+        return pixels_text(self.image_size)
 
 
 class KL16Config(Section):

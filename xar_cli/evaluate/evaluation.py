@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from pydantic import Field
 
-from xar_cli.config.schema import Section, Sides
+from xar_cli.config.schema import Section, Sides, pixels_text, sides_text
 from xar_cli.distributed import Ranks
 from xar_cli.errors import UserError
 from xar_cli.evaluate import metrics
@@ -215,9 +215,7 @@ def _check_sizes(samples: ImageSet, reference: Reference, network: FeatureNetwor
         theirs = _first_size(reference.images)
     if ours is None or theirs is None or tuple(theirs) == ours or network.input_size is not None:
         return
-    message = (
-        f"The samples have {ours[1]} x {ours[0]} pixels and the reference '{reference.name}' {theirs[1]} x {theirs[0]}."
-    )
+    message = f"The samples have {pixels_text(ours)} and the reference '{reference.name}' {sides_text(theirs)}."
     if network.mixes_sizes:
         log.warning(f"{message} clean-fid resizes both, and the blur of the smaller one counts.")
     else:

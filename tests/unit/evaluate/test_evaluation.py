@@ -191,7 +191,7 @@ def test_oblong_images_against_oblong_and_cropped_ones(tmp_path, fake_networks) 
     whole = write_folder(tmp_path / "whole", photographs)
     found = evaluate(samples, cut, "adm", settings=QUICK)
     assert (found.samples.image_size, found.reference.image_size) == ((16, 32), (16, 32))
-    with pytest.raises(UserError, match=r"32 x 16 pixels and the reference .* 32 x 32"):
+    with pytest.raises(UserError, match=r"16 x 32 pixels \(height x width\) and the reference .* 32 x 32"):
         evaluate(samples, whole, "adm", settings=QUICK)
     cropped = evaluate(samples, whole, "adm", settings=QUICK.model_copy(update={"image_size": (16, 32)}))
     assert cropped.frechet_distance == found.frechet_distance
