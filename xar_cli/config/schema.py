@@ -158,14 +158,21 @@ class SubsampleEntity(Section):
     """Entity j holds the tokens with (row mod stride, column mod stride) = divmod(j, stride)."""
 
     kind: Literal["subsample"]
-    stride: int = Field(gt=0, description="Distance of an entity's tokens along rows and columns.")
+    stride: Sides = Field(description="Distance of an entity's tokens along rows and columns, or [rows, columns].")
     order: Order = Field("raster", description=ORDER_HELP)
+
+    @property
+    def strides(self) -> tuple[int, int]:
+        """Distance of an entity's tokens from row to row, and from column to column."""
+        return height_and_width(self.stride)
 
     def misfit(self, grid: tuple[int, int]) -> str | None:
         """Why this entity cannot group a grid, or None."""
-        if any(side % self.stride for side in grid):
-            return f"entity.stride {self.stride} does not divide the {grid[0]} x {grid[1]} grid"
-        return order_misfit(self.order, self.stride**2)
+        (height, width), (rows, columns) = grid, self.strides
+        if height % rows or width % columns:
+            stride = self.stride if isinstance(self.stride, int) else sides_text(self.stride)
+            return f"entity.stride {stride} does not divide the {sides_text(grid)} grid"
+        return order_misfit(self.order, rows * columns)
 
 
 class ScaleEntity(Section):
