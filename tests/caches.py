@@ -40,8 +40,8 @@ CLASSES = [f"digit-{i}".encode() for i in range(10)]
 def make_cache(path, layout=None, num_shards=1, finish=True, skip=()):
     layout = layout or make_layout()
     create_cache(path, layout, [b"%03d.png" % i for i in range(N)], LABELS, CLASSES, num_shards=num_shards)
-    image, mirror = make_moments()
     if finish:
+        image, mirror = make_moments().reshape(2, N, *layout.row_shape)
         with LatentWriter(path) as writer:
             rows = np.array([row for row in range(N) if row not in skip])
             writer.write(rows, image[rows], mirror[rows] if layout.flip else None)

@@ -72,6 +72,23 @@ def test_table_names_protocol_and_count(capsys, digits) -> None:
     assert "digits" in out
 
 
+@pytest.mark.parametrize(
+    ("size", "words"),
+    [
+        ("8x12", "has 8 x 12 pixels (height x width) where 8 x 8 are expected"),
+        ("8by8", "'--image-size 8by8' is neither SIDE nor HEIGHTxWIDTH"),
+        ("0", "'--image-size 0' is neither"),
+    ],
+)
+def test_an_image_size_is_a_side_or_height_and_width(capsys, digits, size, words) -> None:
+    code, _, err = xar(
+        capsys, "fid", "--samples", digits[1], "--reference", digits[0], "--protocol", "digits", "--no-feature-cache",
+        "--image-size", size,
+    )  # fmt: skip
+    assert code == 2
+    assert words in " ".join(err.split())
+
+
 def test_stats_then_fid(capsys, digits, tmp_path) -> None:
     code, out, err = xar(
         capsys,

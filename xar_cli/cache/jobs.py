@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from xar_cli.config.schema import Sides, height_and_width
 from xar_cli.data.archives import is_archive, open_archive
 from xar_cli.data.images import BadImageError, ImageFolder, ImageSource, list_classes, printable
 from xar_cli.errors import UserError
@@ -54,14 +55,14 @@ class EncodeImages:
     Args:
         source: the images.
         codec: the tokenizer.
-        image_size: side of the crop in pixels.
+        image_size: of the crop in pixels: one side, or (height, width).
         flip: whether to encode the mirror images too.
         device: where the tokenizer runs.
     """
 
     item_dtype: np.dtype = np.dtype(np.uint8)
 
-    def __init__(self, source: ImageSource, codec: Codec, image_size: int, flip: bool, device: torch.device) -> None:
+    def __init__(self, source: ImageSource, codec: Codec, image_size: Sides, flip: bool, device: torch.device) -> None:
         self.class_names, self.names, self.labels = source.class_names, source.names, source.labels
         self.source, self.codec, self.image_size, self.flip, self.device = (
             source,
@@ -71,14 +72,14 @@ class EncodeImages:
             device,
         )
         self.image_channels = codec.tokenizer.image_channels
-        self.item_shape: tuple[int, ...] = (self.image_channels, image_size, image_size)
+        self.item_shape: tuple[int, ...] = (self.image_channels, *height_and_width(image_size))
 
     def load(self, row: int) -> np.ndarray:
-        """The cropped image, uint8 (channels, S, S)."""
+        """The cropped image, uint8 (channels, height, width)."""
         return self.source.load(row, self.image_size, self.image_channels)
 
     def encode(self, items: np.ndarray) -> list[Tensor]:
-        """Moments of uint8 images (B, channels, S, S), on the tokenizer's device."""
+        """Moments of uint8 images (B, channels, height, width), on the tokenizer's device."""
         images = torch.from_numpy(items)
         if self.device.type == "cuda":
             images = images.pin_memory().to(self.device, non_blocking=True)

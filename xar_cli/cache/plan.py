@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -134,7 +135,7 @@ def make_plan(settings: CacheSettings, device: torch.device) -> tuple[CachePlan,
         require_writable(settings.out.parent, 0, "the latent cache")
     else:
         require_writable(settings.out.parent, total_bytes, "the latent cache")
-    values = config.data.image_channels * config.data.image_size**2
+    values = config.data.image_channels * math.prod(config.data.image_shape)
     batch_size = settings.batch_size or max(1, min(MAX_BATCH, PIXEL_VALUES_PER_BATCH // values))
     return CachePlan(layout, num_classes, batch_size, total_bytes, num_done), job
 

@@ -38,7 +38,10 @@ ProtocolOption = Annotated[
 ]
 CountOption = Annotated[int | None, typer.Option("--count", min=2, help="Images to use. Default: all.")]
 ImageSizeOption = Annotated[
-    int | None, typer.Option("--image-size", min=1, help="Take ADM's centre crop of this side from image files.")
+    str | None,
+    typer.Option(
+        "--image-size", metavar="SIDE or HEIGHTxWIDTH", help="Take ADM's centre crop of this size from image files."
+    ),
 ]
 BatchOption = Annotated[int, typer.Option("--batch-size", min=1, help="Images per pass.")]
 WorkersOption = Annotated[int, typer.Option("--workers", min=1, help="Threads that decode images.")]
@@ -104,7 +107,7 @@ def fid(
     if reference is None:
         raise UserError("--reference is missing.", "Give real images, or statistics made by `xar fid stats`.")
     measure = _measure(
-        count=count if samples else None, image_size=image_size, batch_size=batch_size, workers=workers,
+        count=count if samples else None, image_size=_parse_size(image_size), batch_size=batch_size, workers=workers,
         precision=precision, compile=compile_mode, error_bars=error_bars, extrapolate=extrapolate, skip_bad=skip_bad,
         inception_weights=tuple(inception_weights or ()), vgg16_weights=vgg16_weights, download=download,
         feature_cache=_cache_folder(feature_cache, no_feature_cache),
@@ -152,7 +155,7 @@ def stats(
     from xar_cli.launch import LaunchOptions, run
 
     measure = _measure(
-        count=count, image_size=image_size, batch_size=batch_size, workers=workers, compile=compile_mode,
+        count=count, image_size=_parse_size(image_size), batch_size=batch_size, workers=workers, compile=compile_mode,
         skip_bad=skip_bad, inception_weights=tuple(inception_weights or ()), download=download,
         feature_cache=_cache_folder(feature_cache, no_feature_cache),
     )  # fmt: skip
@@ -246,6 +249,20 @@ def _measure(**values: Any) -> Settings:
         first = error.errors()[0]
         name = str(first["loc"][0]).replace("_", "-")
         raise UserError(f"--{name}: {first['msg']}, not '{first['input']}'.", "See `xar fid --help`.") from None
+
+
+def _parse_size(text: str | None) -> tuple[int, int] | None:
+    """'256' -> (256, 256), '256x384' -> (256, 384): height and width."""
+    from xar_cli.errors import UserError
+
+    if text is None:
+        return None
+    height, x, width = text.lower().partition("x")
+    if not (height.isdigit() and int(height) and (not x or (width.isdigit() and int(width)))):
+        raise UserError(
+            f"'--image-size {text}' is neither SIDE nor HEIGHTxWIDTH.", "For example: --image-size 256, or 256x384."
+        )
+    return int(height), int(width or height)
 
 
 def _cache_folder(given: Path | None, none: bool) -> Path | None:

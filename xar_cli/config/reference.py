@@ -54,9 +54,11 @@ def _type(field: Mapping[str, Any]) -> str:
         return ", ".join(f"`{value}`" for value in field["enum"])
     if "anyOf" in field:
         return " or ".join(_type(option) for option in field["anyOf"] if option.get("type") != "null")
+    if "prefixItems" in field:
+        return f"[{', '.join(_type(item) for item in field['prefixItems'])}]"
     if field.get("type") == "array":
-        inner = field.get("items") or (field.get("prefixItems") or [{}])[0]
-        return f"list of {_type(inner)}"
+        inner = _type(field.get("items") or {})
+        return f"list of ({inner})" if " or " in inner else f"list of {inner}"
     return str(field.get("type", "any"))
 
 

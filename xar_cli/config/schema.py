@@ -5,9 +5,11 @@ Owns every fact about grid, entities, channels and classes. Reads no file (recip
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from itertools import pairwise
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PositiveInt, model_validator
 
 KL16_STRIDE = 16  # SPEC of the KL-16 tokenizer: 256 pixels -> 16 latent positions
 KL16_CHANNELS = 16
@@ -21,15 +23,64 @@ class Section(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
 
+def square_or_pair(value: Any) -> int | tuple[int, int]:
+    """The one form of the sides of a rectangle: its side where it is square, else (height, width).
+
+    Args:
+        value: a whole number, or a list or tuple of two, each above 0.
+
+    Raises:
+        ValueError: anything else.
+    """
+    sides = tuple(value) if isinstance(value, list | tuple) else (value, value)
+    if len(sides) != 2 or any(not isinstance(side, int) or isinstance(side, bool) or side < 1 for side in sides):
+        raise ValueError(
+            f"must be a whole number above 0, the side of a square, or two of them, [height, width] (got {value!r})"
+        )
+    return sides[0] if sides[0] == sides[1] else sides
+
+
+def height_and_width(sides: int | Sequence[int]) -> tuple[int, int]:
+    """(height, width), or (rows, columns), of what a recipe or a file states as one side or as a pair."""
+    return (sides, sides) if isinstance(sides, int) else (sides[0], sides[1])
+
+
+def sides_text(sides: int | Sequence[int]) -> str:
+    """Sides for people, rows first: '8 x 12'."""
+    height, width = height_and_width(sides)
+    return f"{height} x {width}"
+
+
+def pixels_text(sides: int | Sequence[int]) -> str:
+    """The size of an image for people: '256 x 256 pixels', '256 x 384 pixels (height x width)'."""
+    height, width = height_and_width(sides)
+    return f"{sides_text(sides)} pixels" + ("" if height == width else " (height x width)")
+
+
+Sides = Annotated[PositiveInt | tuple[PositiveInt, PositiveInt], BeforeValidator(square_or_pair)]
+
+
 class DataConfig(Section):
     """The images."""
 
     dataset: str = Field(description="Name of the data set, for people and reports.")
-    image_size: int = Field(gt=0, description="Side of the square image in pixels, after the centre crop.")
+    image_size: Sides = Field(
+        description="Side of the square image in pixels, or its [height, width], after the centre crop."
+    )
     image_channels: Literal[1, 3] = Field(3, description="1 for grey images, 3 for RGB.")
     mirror: bool = Field(True, description="A mirror image is as good to train on; false for digits, letters.")
     num_classes: int = Field(ge=0, description="Number of classes; 0 trains without labels.")
     num_images: int = Field(gt=0, description="Training images, for plans made without the latent cache.")
+
+    @property
+    def image_shape(self) -> tuple[int, int]:
+        """Height and width of the image in pixels."""
+        return height_and_width(self.image_size)
+
+    @property
+    def size_text(self) -> str:
+        """The size for people, as in `pixels_text`."""
+        return pixels_text(self.image_size)
 
 
 class KL16Config(Section):
@@ -65,19 +116,19 @@ class CellEntity(Section):
     """An entity is a rectangle of neighbouring tokens (the paper's choice: squares in raster order)."""
 
     kind: Literal["cell"]
-    size: int | tuple[int, int] = Field(description="Side of the square cell, or its (rows, columns), in tokens.")
+    size: Sides = Field(description="Side of the square cell, or its [rows, columns], in tokens.")
     order: Order = Field("raster", description=ORDER_HELP)
 
     @property
     def shape(self) -> tuple[int, int]:
         """Rows and columns of one cell."""
-        return (self.size, self.size) if isinstance(self.size, int) else self.size
+        return height_and_width(self.size)
 
     def misfit(self, grid: tuple[int, int]) -> str | None:
         """Why this entity cannot group a grid, or None."""
         (height, width), (rows, columns) = grid, self.shape
-        if rows < 1 or columns < 1 or height % rows or width % columns:
-            size = str(rows) if rows == columns else f"{rows} x {columns}"
+        if height % rows or width % columns:
+            size = self.size if isinstance(self.size, int) else sides_text(self.size)
             return f"entity.size {size} does not divide the {height} x {width} grid"
         return order_misfit(self.order, (height // rows) * (width // columns))
 
@@ -107,30 +158,48 @@ class SubsampleEntity(Section):
     """Entity j holds the tokens with (row mod stride, column mod stride) = divmod(j, stride)."""
 
     kind: Literal["subsample"]
-    stride: int = Field(gt=0, description="Distance of an entity's tokens along rows and columns.")
+    stride: Sides = Field(description="Distance of an entity's tokens along rows and columns, or [rows, columns].")
     order: Order = Field("raster", description=ORDER_HELP)
+
+    @property
+    def strides(self) -> tuple[int, int]:
+        """Distance of an entity's tokens from row to row, and from column to column."""
+        return height_and_width(self.stride)
 
     def misfit(self, grid: tuple[int, int]) -> str | None:
         """Why this entity cannot group a grid, or None."""
-        if any(side % self.stride for side in grid):
-            return f"entity.stride {self.stride} does not divide the {grid[0]} x {grid[1]} grid"
-        return order_misfit(self.order, self.stride**2)
+        (height, width), (rows, columns) = grid, self.strides
+        if height % rows or width % columns:
+            stride = self.stride if isinstance(self.stride, int) else sides_text(self.stride)
+            return f"entity.stride {stride} does not divide the {sides_text(grid)} grid"
+        return order_misfit(self.order, rows * columns)
 
 
 class ScaleEntity(Section):
     """Entity j is the whole latent, downsampled to sizes[j]; the last is the latent itself."""
 
     kind: Literal["scale"]
-    sizes: tuple[int, ...] = Field(min_length=1, description="Sides of the scales, coarse to fine.")
+    sizes: tuple[Sides, ...] = Field(
+        min_length=1, description="The scales, coarse to fine: sides of squares, or [rows, columns], in tokens."
+    )
     resize: Literal["area", "bilinear"] = Field("area", description="How the latent is downsampled.")
+
+    @property
+    def shapes(self) -> tuple[tuple[int, int], ...]:
+        """Rows and columns of every scale."""
+        return tuple(height_and_width(size) for size in self.sizes)
 
     def misfit(self, grid: tuple[int, int]) -> str | None:
         """Why this entity cannot group a grid, or None."""
-        if grid != (self.sizes[-1], self.sizes[-1]):
-            return f"the last of entity.sizes, {self.sizes[-1]}, is not the {grid[0]} x {grid[1]} grid"
-        rising = list(self.sizes) == sorted(set(self.sizes))
-        if not rising or any(size < 1 or self.sizes[-1] % size for size in self.sizes):
-            return f"entity.sizes {list(self.sizes)} must rise, and each must divide the last"
+        shapes = self.shapes
+        if shapes[-1] != grid:
+            return f"the last of entity.sizes, {sides_text(shapes[-1])}, is not the {sides_text(grid)} grid"
+        rising = all(
+            coarse != fine and coarse[0] <= fine[0] and coarse[1] <= fine[1] for coarse, fine in pairwise(shapes)
+        )
+        if not rising or any(grid[0] % rows or grid[1] % columns for rows, columns in shapes):
+            listed = ", ".join(map(sides_text, shapes))
+            return f"entity.sizes ({listed}) must rise, and each must divide the last, rows and columns alike"
         return None
 
 
@@ -335,8 +404,8 @@ class Config(Section):
     @property
     def grid(self) -> tuple[int, int]:
         """Rows and columns (H, W) of the latent grid."""
-        side = self.data.image_size // self.stride
-        return side, side
+        height, width = self.data.image_shape
+        return height // self.stride, width // self.stride
 
     @property
     def null_label(self) -> int:
@@ -345,10 +414,11 @@ class Config(Section):
 
     @model_validator(mode="after")
     def _check(self) -> Config:
-        if self.data.image_size % self.stride:
-            raise ValueError(
-                f"data.image_size {self.data.image_size} is not a multiple of the tokenizer's {self.stride} pixels"
-            )
+        size = self.data.image_size
+        for side in self.data.image_shape:
+            if side % self.stride:
+                which = str(size) if isinstance(size, int) else f"{list(size)}: {side}"
+                raise ValueError(f"data.image_size {which} is not a multiple of the tokenizer's {self.stride} pixels")
         if self.tokenizer.kind == "kl16" and self.data.image_channels != 3:
             raise ValueError("tokenizer kl16 needs data.image_channels: 3")
         misfit = self.entity.misfit(self.grid)

@@ -15,6 +15,7 @@ from pathlib import Path
 
 import numpy as np
 
+from xar_cli.config.schema import Sides
 from xar_cli.data.images import (
     BadImageError,
     decode_image,
@@ -61,8 +62,8 @@ class ArchiveImages:
         """Number of images."""
         return len(self.names)
 
-    def load(self, index: int, image_size: int, image_channels: int) -> np.ndarray:
-        """Image `index`, cropped: uint8 (image_channels, image_size, image_size), or BadImageError."""
+    def load(self, index: int, image_size: Sides, image_channels: int) -> np.ndarray:
+        """Image `index`, cropped: uint8 (image_channels, height, width), or BadImageError."""
         name = self._prefix + self.names[index]
         shown = f"{self.path}:{name}"
         return decode_image(self._read(name, shown), shown, image_size, image_channels)

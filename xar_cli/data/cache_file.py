@@ -21,6 +21,7 @@ from pathlib import Path
 import h5py
 import numpy as np
 
+from xar_cli.config.schema import Sides, square_or_pair
 from xar_cli.errors import UserError
 from xar_cli.run_dir import require_writable
 
@@ -47,7 +48,7 @@ class CacheLayout:
         tokenizer: identity of the tokenizer.
         precision: arithmetic that the tokenizer encoded in, fp32 or bf16.
         latent_scale: factor that brings latents to unit variance; moments are stored unscaled.
-        image_size: side of the cropped image in pixels.
+        image_size: of the cropped image in pixels: its side, or (height, width) where it is not square.
         image_channels: 1 or 3.
         crop: name of the crop rule.
         source: sha256 over names and labels of the images, in order.
@@ -61,7 +62,7 @@ class CacheLayout:
     tokenizer: str
     precision: str
     latent_scale: float
-    image_size: int
+    image_size: Sides
     image_channels: int
     crop: str
     source: str
@@ -208,7 +209,7 @@ class CacheFile:
         try:
             with open_hdf5(self.path) as file:
                 self._read(file)
-        except (OSError, KeyError, RuntimeError, json.JSONDecodeError) as error:
+        except (OSError, KeyError, RuntimeError, ValueError) as error:
             raise UserError(
                 f"'{path}' cannot be read as a latent cache: {error}.",
                 "It is truncated or not HDF5: copy it again, or make it anew with `xar cache-latents`.",
@@ -228,7 +229,8 @@ class CacheFile:
             )
         values = {field.name: file.attrs[field.name] for field in fields(CacheLayout)}
         values["grid"] = tuple(int(side) for side in values["grid"])
-        for name in ("num_samples", "latent_channels", "image_size", "image_channels"):
+        values["image_size"] = square_or_pair(np.asarray(values["image_size"]).tolist())
+        for name in ("num_samples", "latent_channels", "image_channels"):
             values[name] = int(values[name])
         values["flip"], values["latent_scale"] = bool(values["flip"]), float(values["latent_scale"])
         self.layout = CacheLayout(**values)

@@ -16,6 +16,7 @@ from typing import BinaryIO, Protocol
 import numpy as np
 from PIL import Image, ImageOps
 
+from xar_cli.config.schema import Sides, height_and_width
 from xar_cli.errors import UserError
 from xar_cli.logs import log
 
@@ -59,8 +60,8 @@ class ImageSource(Protocol):
         """Number of images."""
         ...
 
-    def load(self, index: int, image_size: int, image_channels: int) -> np.ndarray:
-        """Image `index`, cropped: uint8 (image_channels, image_size, image_size), or BadImageError."""
+    def load(self, index: int, image_size: Sides, image_channels: int) -> np.ndarray:
+        """Image `index`, cropped: uint8 (image_channels, height, width), or BadImageError."""
         ...
 
 
@@ -90,8 +91,8 @@ class ImageFolder:
         """Number of images."""
         return len(self.names)
 
-    def load(self, index: int, image_size: int, image_channels: int) -> np.ndarray:
-        """Image `index`, cropped: uint8 (image_channels, image_size, image_size)."""
+    def load(self, index: int, image_size: Sides, image_channels: int) -> np.ndarray:
+        """Image `index`, cropped: uint8 (image_channels, height, width)."""
         return load_image(os.path.join(self.root, self.names[index]), image_size, image_channels)
 
 
@@ -165,11 +166,16 @@ def printable(name: str) -> str:
     return os.fsencode(name).decode("utf-8", "backslashreplace")
 
 
-def load_image(path: str | Path, image_size: int, image_channels: int = 3) -> np.ndarray:
+def load_image(path: str | Path, image_size: Sides, image_channels: int = 3) -> np.ndarray:
     """Read an image file as the model sees it.
 
+    Args:
+        path: the file.
+        image_size: of the crop: one side, or (height, width), in pixels.
+        image_channels: 1 or 3.
+
     Returns:
-        uint8 (image_channels, image_size, image_size), 0 to 255; RGB, or grey for image_channels = 1.
+        uint8 (image_channels, height, width), 0 to 255; RGB, or grey for image_channels = 1.
 
     Raises:
         BadImageError: missing, unreadable, truncated, not an image, or too large to be one.
@@ -181,7 +187,7 @@ def load_image(path: str | Path, image_size: int, image_channels: int = 3) -> np
         raise BadImageError(str(path), error.strerror or str(error)) from None
 
 
-def decode_image(file: BinaryIO | bytes, name: str, image_size: int, image_channels: int = 3) -> np.ndarray:
+def decode_image(file: BinaryIO | bytes, name: str, image_size: Sides, image_channels: int = 3) -> np.ndarray:
     """The same as `load_image`, from an open file or its bytes; `name` is for the error."""
     stream = io.BytesIO(file) if isinstance(file, bytes) else file
     try:
@@ -194,19 +200,24 @@ def decode_image(file: BinaryIO | bytes, name: str, image_size: int, image_chann
     return pixels[None] if image_channels == 1 else np.ascontiguousarray(pixels.transpose(2, 0, 1))
 
 
-def centre_crop(image: Image.Image, size: int) -> Image.Image:
-    """ADM's centre crop to size x size (SPEC 1): halve with a box filter while the short side is >= 2 size,
-    then bicubic until the short side is `size`, then cut the centre out. Smaller images are enlarged by the
-    bicubic step.
+def centre_crop(image: Image.Image, size: Sides) -> Image.Image:
+    """ADM's centre crop (SPEC 1), to a rectangle as to a square: halve with a box filter while both sides are at
+    least twice the target's, then bicubic until the image just covers the target, then cut the centre out.
+    Images that are smaller on a side are enlarged by the bicubic step.
+
+    Args:
+        image: of any size.
+        size: side of the square, or (height, width), in pixels.
     """  # fmt: skip
-    while min(image.size) >= 2 * size:
+    height, width = height_and_width(size)
+    while image.height >= 2 * height and image.width >= 2 * width:
         image = _resize(image, image.width // 2, image.height // 2, Image.Resampling.BOX)
-    scale = size / min(image.size)
-    width, height = round(image.width * scale), round(image.height * scale)
-    _refuse_bomb((width, height))
-    image = _resize(image, width, height, Image.Resampling.BICUBIC)
-    left, top = (width - size) // 2, (height - size) // 2
-    return image.crop((left, top, left + size, top + size))
+    scale = max(height / image.height, width / image.width)
+    covering = round(image.width * scale), round(image.height * scale)
+    _refuse_bomb(covering)
+    image = _resize(image, *covering, Image.Resampling.BICUBIC)
+    left, top = (image.width - width) // 2, (image.height - height) // 2
+    return image.crop((left, top, left + width, top + height))
 
 
 def _resize(image: Image.Image, width: int, height: int, kernel: Image.Resampling) -> Image.Image:

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from xar_cli.config.schema import sides_text
 from xar_cli.data.cache_file import BAD, MISSING, WRITTEN, CacheFile, CacheLayout
 from xar_cli.data.rows import RowReader
 from xar_cli.errors import UserError
@@ -145,7 +146,7 @@ class LatentReader:
             label.
         grid: rows and columns (H, W) of tokens.
         latent_channels, latent_scale: values C per token; factor that brings latents to unit variance.
-        image_size, image_channels: of the images that were encoded.
+        image_size, image_channels: of the images that were encoded; the size as in `CacheLayout`.
         tokenizer: identity of the tokenizer.
         flip: whether there are moments of the mirror images.
         content_hash: equal for equal data.
@@ -224,9 +225,9 @@ def check_layout(path: Path, layout: CacheLayout, num_classes: int, config: Conf
     """Raise a UserError unless a recipe can train on a cache of this layout."""
     for what, have, want in (
         ("tokenizer", layout.tokenizer.split(":")[0].split("/")[0], config.tokenizer.kind),
-        ("image size", layout.image_size, config.data.image_size),
+        ("image size", sides_text(layout.image_size), sides_text(config.data.image_size)),
         ("number of image channels", layout.image_channels, config.data.image_channels),
-        ("grid of tokens", layout.grid, config.grid),
+        ("grid of tokens", sides_text(layout.grid), sides_text(config.grid)),
         ("number of latent channels", layout.latent_channels, config.latent_channels),
         ("latent scale", layout.latent_scale, config.tokenizer.latent_scale),
     ):

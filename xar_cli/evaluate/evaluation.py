@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from pydantic import Field
 
-from xar_cli.config.schema import Section
+from xar_cli.config.schema import Section, Sides, pixels_text, sides_text
 from xar_cli.distributed import Ranks
 from xar_cli.errors import UserError
 from xar_cli.evaluate import metrics
@@ -38,7 +38,8 @@ class Settings(Section):
 
     Attributes:
         count: samples to use, spread evenly over the set; None for all.
-        image_size: take ADM's centre crop of that side from image files; None takes them as they are.
+        image_size: take ADM's centre crop of that size (one side, or height and width) from image files; None takes
+            them as they are.
         batch_size, workers: images per pass, threads that decode.
         precision: of the Inception networks; bf16 shifts the numbers and is meant for quick looks.
         compile: `auto` compiles torch-fidelity's Inception from 1,000 images on.
@@ -51,7 +52,7 @@ class Settings(Section):
     """
 
     count: int | None = Field(None, gt=1)
-    image_size: int | None = Field(None, gt=0)
+    image_size: Sides | None = None
     batch_size: int = Field(64, gt=0)
     workers: int = Field(4, gt=0)
     precision: Precision = "fp32"
@@ -214,9 +215,7 @@ def _check_sizes(samples: ImageSet, reference: Reference, network: FeatureNetwor
         theirs = _first_size(reference.images)
     if ours is None or theirs is None or tuple(theirs) == ours or network.input_size is not None:
         return
-    message = (
-        f"The samples have {ours[1]} x {ours[0]} pixels and the reference '{reference.name}' {theirs[1]} x {theirs[0]}."
-    )
+    message = f"The samples have {pixels_text(ours)} and the reference '{reference.name}' {sides_text(theirs)}."
     if network.mixes_sizes:
         log.warning(f"{message} clean-fid resizes both, and the blur of the smaller one counts.")
     else:

@@ -20,6 +20,7 @@ from typing import Any
 
 import numpy as np
 
+from xar_cli.config.schema import pixels_text, sides_text
 from xar_cli.data.images import BadImageError
 from xar_cli.distributed import Ranks
 from xar_cli.errors import UserError
@@ -30,7 +31,7 @@ from xar_cli.run_dir import require_writable, write_atomic, write_json
 
 TABLE_VERSION = 1
 DONE = "table.json"
-MIXED_SIZES_STEP = "Give images of one size, or --image-size N for ADM's centre crop."
+MIXED_SIZES_STEP = "Give images of one size, or --image-size SIDE (or HEIGHTxWIDTH) for ADM's centre crop."
 BATCHES_AHEAD = 2  # batches that threads decode while the network works
 
 
@@ -250,8 +251,7 @@ class _SizeCheck:
         wanted = self.network.input_size or (self.size if not self.network.mixes_sizes else None)
         if wanted is not None and size != wanted:
             raise UserError(
-                f"{self.images.item_name(index)} has {size[1]} x {size[0]} pixels where {wanted[1]} x {wanted[0]} are "
-                "expected.",
+                f"{self.images.item_name(index)} has {pixels_text(size)} where {sides_text(wanted)} are expected.",
                 "The digits protocol takes 8 x 8 images as they are: choose another --protocol."
                 if self.network.input_size
                 else MIXED_SIZES_STEP,

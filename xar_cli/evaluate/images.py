@@ -17,6 +17,7 @@ import h5py
 import numpy as np
 from PIL import Image
 
+from xar_cli.config.schema import Sides
 from xar_cli.data.images import BadImageError, is_hidden, load_image, printable
 from xar_cli.errors import UserError
 
@@ -82,10 +83,10 @@ class FolderImages(ImageSet):
 
     Args:
         root: the folder.
-        image_size: None takes each file as it is; a number takes ADM's centre crop of that side.
+        image_size: None takes each file as it is; a side, or (height, width), takes ADM's centre crop of that size.
     """
 
-    def __init__(self, root: Path, image_size: int | None = None) -> None:
+    def __init__(self, root: Path, image_size: Sides | None = None) -> None:
         self.root, self.name, self.image_size = root, str(root), image_size
         paths = (path for path in root.rglob("*") if path.suffix.lower() in IMAGE_SUFFIXES)
         self.files = sorted((path for path in paths if not any(map(is_hidden, path.relative_to(root).parts))), key=str)
@@ -231,11 +232,11 @@ class GeneratedImages(ImageSet):
         return hashlib.sha256(self.identity.encode() + np.asarray(self.labels).tobytes()).hexdigest()
 
 
-def open_images(source: Path | ImageSet, image_size: int | None = None) -> ImageSet:
+def open_images(source: Path | ImageSet, image_size: Sides | None = None) -> ImageSet:
     """Open images by what the path is: a folder, an ADM `.npz` with `arr_0`, or an HDF5 file with `images`.
 
     Args:
-        image_size: for folders: take ADM's centre crop of that side instead of each file as it is.
+        image_size: for folders: take ADM's centre crop of that size instead of each file as it is.
 
     Raises:
         UserError: nothing there, no images in it, or not images at all.

@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 
+from xar_cli.config.schema import Sides
 from xar_cli.errors import UserError
 from xar_cli.evaluate.frechet import Gaussian
 from xar_cli.evaluate.images import ArrayImages, ImageSet, open_images, read_npz
@@ -86,7 +87,7 @@ class Reference:
             )
 
 
-def open_reference(source: Path | ImageSet, image_size: int | None = None) -> Reference:
+def open_reference(source: Path | ImageSet, image_size: Sides | None = None) -> Reference:
     """Open a folder of images, an ADM batch, or a statistics file.
 
     Raises:

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 
 from xar_cli import __version__
-from xar_cli.config.schema import Config
+from xar_cli.config.schema import Config, pixels_text
 from xar_cli.evaluate import html, metrics
 from xar_cli.evaluate.evaluation import Settings
 from xar_cli.evaluate.images import ImageSet, open_images
@@ -225,7 +225,7 @@ def what_was_measured(content: Mapping[str, Any]) -> list[tuple[str, str]]:
     found = []
     for side in ("samples", "reference"):
         facts = content[side]
-        size = f", {facts['image_size'][1]} x {facts['image_size'][0]} pixels" if facts["image_size"] else ""
+        size = f", {pixels_text(facts['image_size'])}" if facts["image_size"] else ""
         counted = f"{facts['count']} images" if facts["count"] else "statistics"
         skipped = f", {len(facts['skipped'])} left out as unreadable" if facts["skipped"] else ""
         found.append((side, f"{facts['name']}: {counted}{size}{skipped}, sha256 {facts['sha256'][:16]}"))

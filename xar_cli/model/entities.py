@@ -116,8 +116,8 @@ def build_grouping(entity: EntityConfig, grid: tuple[int, int]) -> Grouping:
     if entity.kind == "image":
         return _in_order(_cells(grid, *grid), grid, "raster")
     if entity.kind == "subsample":
-        return _in_order(_subsamples(grid, entity.stride), grid, entity.order)
-    sizes = tuple((size, size) for size in entity.sizes)
+        return _in_order(_subsamples(grid, *entity.strides), grid, entity.order)
+    sizes = entity.shapes
     coordinates = torch.cat([_token_centres(grid, size) for size in sizes])
     return ScalePyramid(grid, tuple(rows * columns for rows, columns in sizes), coordinates, sizes, entity.resize)
 
@@ -132,10 +132,10 @@ def _cells(grid: tuple[int, int], rows: int, columns: int) -> list[Tensor]:
     return [cell.flatten() for band in _raster(grid).split(rows) for cell in band.split(columns, dim=1)]
 
 
-def _subsamples(grid: tuple[int, int], stride: int) -> list[Tensor]:
-    """Raster numbers of the tokens with (row mod stride, column mod stride) = divmod(j, stride), for each j."""
+def _subsamples(grid: tuple[int, int], rows: int, columns: int) -> list[Tensor]:
+    """Raster numbers of the tokens with (row mod rows, column mod columns) = divmod(j, columns), for each j."""
     raster = _raster(grid)
-    return [raster[j // stride :: stride, j % stride :: stride].flatten() for j in range(stride**2)]
+    return [raster[j // columns :: rows, j % columns :: columns].flatten() for j in range(rows * columns)]
 
 
 def _in_order(entities: list[Tensor], grid: tuple[int, int], order: Order) -> PermutedGrid:

@@ -22,7 +22,7 @@ from xar_cli.weights import load_weights
 
 T = TypeVar("T")
 MAX_ROWS, MAX_COLUMNS = 8, 8
-TILE, GAP, CAPTION, MARGIN = 112, 4, 18, 92  # pixels of the picture
+TILE, GAP, CAPTION, MARGIN = 112, 4, 18, 92  # pixels of the picture; TILE is the longer side of an image in it
 
 
 @dataclass(frozen=True)
@@ -90,19 +90,33 @@ def evenly(items: Sequence[T], count: int) -> list[T]:
 
 
 def picture(rows: list[list[Moment]], tiles: list[list[np.ndarray]], num_entities: int) -> Image.Image:
-    """The tiles in rows and columns, with entity and timestep written beside and above them."""
+    """The tiles in rows and columns, with entity and timestep written beside and above them.
+
+    Args:
+        rows: the moments, row by row.
+        tiles: their images, (channels, H, W) uint8, all of one size.
+        num_entities: K, for the captions.
+    """
+    tile_height, tile_width = tile_size(*tiles[0][0].shape[1:])
     columns = max(len(row) for row in rows)
-    width, height = MARGIN + columns * (TILE + GAP), len(rows) * (TILE + CAPTION + GAP)
+    width, height = MARGIN + columns * (tile_width + GAP), len(rows) * (tile_height + CAPTION + GAP)
     canvas = Image.new("RGB", (width, height), "white")
     pen, font = ImageDraw.Draw(canvas), ImageFont.load_default(size=13)
     for number, (row, images) in enumerate(zip(rows, tiles, strict=True)):
-        top = number * (TILE + CAPTION + GAP)
+        top = number * (tile_height + CAPTION + GAP)
         text = f"entity {row[0].entity + 1}\nof {num_entities}"
-        pen.multiline_text((6, top + CAPTION + TILE // 2 - 16), text, fill="black", font=font)
+        pen.multiline_text((6, top + CAPTION + tile_height // 2 - 16), text, fill="black", font=font)
         for column, (moment, image) in enumerate(zip(row, images, strict=True)):
-            left = MARGIN + column * (TILE + GAP)
+            left = MARGIN + column * (tile_width + GAP)
             pen.text((left + 2, top), f"t = {moment.t:.2f}", fill="black", font=font)
-            small = image.shape[-1] < TILE
+            small = max(image.shape[1:]) < TILE
             resample = Image.Resampling.NEAREST if small else Image.Resampling.LANCZOS
-            canvas.paste(to_pil(image).convert("RGB").resize((TILE, TILE), resample), (left, top + CAPTION))
+            tile = to_pil(image).convert("RGB").resize((tile_width, tile_height), resample)
+            canvas.paste(tile, (left, top + CAPTION))
     return canvas
+
+
+def tile_size(height: int, width: int) -> tuple[int, int]:
+    """Height and width of an image in the picture: its own proportions, with the longer side TILE."""
+    longest = max(height, width)
+    return max(1, round(height * TILE / longest)), max(1, round(width * TILE / longest))

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from xar_cli.config.schema import height_and_width
 from xar_cli.errors import UserError
 from xar_cli.run_dir import require_writable
 from xar_cli.sample.noise import balanced_label
@@ -22,6 +23,7 @@ PNG_OVERHEAD = 4096  # bytes beside the pixels: header and the file system's blo
 def make_manifest(settings: SampleSettings, weights_sha256: str) -> dict[str, Any]:
     """Everything that is needed to make the same images again."""
     config, plan = settings.config, SamplingPlan.of(settings.config)
+    resolved = config.model_dump(mode="json")
     uniform = len(set(plan.num_steps)) == 1
     return {
         **MANIFEST_FORMAT,
@@ -36,12 +38,12 @@ def make_manifest(settings: SampleSettings, weights_sha256: str) -> dict[str, An
         "guidance_schedule": config.sample.guidance_schedule,
         "guidance_interval": list(plan.interval),
         "precision": config.train.precision,
-        "image_size": config.data.image_size,
+        "image_size": resolved["data"]["image_size"],
         "image_channels": config.data.image_channels,
         "count": settings.count,
         "class_names": list(settings.class_names),
         "labels": [balanced_label(settings.seed, index, settings.classes) for index in range(settings.count)],
-        "config": config.model_dump(mode="json"),
+        "config": resolved,
     }
 
 
@@ -52,7 +54,8 @@ def check_out(out: Path, manifest: Mapping[str, Any]) -> None:
         UserError: the folder holds images made with other settings (the differences are named) or other files, or its
             disk is too small.
     """
-    bytes_per_image = manifest["image_size"] ** 2 * manifest["image_channels"] + PNG_OVERHEAD
+    height, width = height_and_width(manifest["image_size"])
+    bytes_per_image = height * width * manifest["image_channels"] + PNG_OVERHEAD
     require_writable(out, manifest["count"] * bytes_per_image, "images")
     path = out / MANIFEST
     if not path.exists():

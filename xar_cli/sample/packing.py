@@ -18,6 +18,7 @@ import h5py
 import numpy as np
 from PIL import Image
 
+from xar_cli.config.schema import height_and_width
 from xar_cli.errors import UserError
 from xar_cli.logs import log
 from xar_cli.sample.images import image_path, is_whole
@@ -71,12 +72,12 @@ def wait_for_images(
 
 def _write_npz(folder: Path, manifest: Mapping[str, Any], path: Path) -> None:
     """An uncompressed zip of two .npy members, as numpy.savez writes it, image after image."""
-    count, side = manifest["count"], manifest["image_size"]
+    count, (height, width) = manifest["count"], height_and_width(manifest["image_size"])
     with zipfile.ZipFile(path, "w", zipfile.ZIP_STORED, allowZip64=True) as archive:
         with archive.open("arr_0.npy", "w", force_zip64=True) as file:
-            _npy_header(file, (count, side, side, 3), np.dtype(np.uint8))
+            _npy_header(file, (count, height, width, 3), np.dtype(np.uint8))
             for image in _read_images(folder, count):
-                file.write(np.broadcast_to(image, (side, side, 3)).tobytes())
+                file.write(np.broadcast_to(image, (height, width, 3)).tobytes())
         with archive.open("arr_1.npy", "w", force_zip64=True) as file:
             _npy_header(file, (count,), np.dtype(np.int64))
             file.write(np.asarray(manifest["labels"], dtype=np.int64).tobytes())
@@ -88,10 +89,10 @@ def _npy_header(file: IO[bytes], shape: tuple[int, ...], dtype: np.dtype[Any]) -
 
 
 def _write_hdf5(folder: Path, manifest: Mapping[str, Any], path: Path) -> None:
-    count, side, channels = manifest["count"], manifest["image_size"], manifest["image_channels"]
+    shape = (manifest["count"], *height_and_width(manifest["image_size"]), manifest["image_channels"])
     with h5py.File(path, "w") as file:
-        images = file.create_dataset("images", (count, side, side, channels), np.uint8)
-        for index, image in enumerate(_read_images(folder, count)):
+        images = file.create_dataset("images", shape, np.uint8)
+        for index, image in enumerate(_read_images(folder, manifest["count"])):
             images[index] = image
         file["labels"] = np.asarray(manifest["labels"], dtype=np.int64)
         file.attrs["manifest"] = json.dumps({key: manifest[key] for key in manifest if key != "labels"})

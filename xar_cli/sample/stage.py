@@ -141,7 +141,11 @@ def draw_images(
     device: torch.device,
     observe: Observer = ignore,
 ) -> torch.Tensor:
-    """Images of the given indices and labels with the recipe's sampling settings: uint8 (B, channels, S, S)."""
+    """Images of the given indices and labels with the recipe's sampling settings.
+
+    Returns:
+        uint8 (B, channels, height, width).
+    """
     noise = AddressedNoise(seed, indices, config.latent_channels, device)
     with autocast(config.train.precision, device):
         latents = sample_latents(model, torch.tensor(labels, device=device), noise, SamplingPlan.of(config), observe)
@@ -168,7 +172,7 @@ def describe_settings(settings: SampleSettings) -> list[tuple[str, str]]:
     return [
         ("recipe", config.name),
         ("weights", settings.weights),
-        ("images", f"{settings.count} of {config.data.image_size} x {config.data.image_size} pixels"),
+        ("images", f"{settings.count} of {config.data.size_text}"),
         ("classes", f"{len(settings.classes)}"),
         ("solver", f"{plan.solver}, {steps} steps in {len(plan.num_steps)} entities"),
         (

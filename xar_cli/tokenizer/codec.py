@@ -50,7 +50,7 @@ class Codec:
         self.latent_scale = latent_scale
 
     def moments(self, images: Tensor) -> Tensor:
-        """Images (B, channels, S, S), uint8 or float in [-1, 1] -> moments (B, 2C, H, W)."""
+        """Images (B, channels, height, width), uint8 or float in [-1, 1] -> moments (B, 2C, H, W)."""
         return self.tokenizer.encode(to_unit_range(images) if images.dtype == torch.uint8 else images)
 
     def latents_from_moments(self, moments: Tensor, eps: Tensor) -> Tensor:
@@ -58,5 +58,5 @@ class Codec:
         return sample_latents(moments, eps, self.latent_scale)
 
     def images(self, latents: Tensor) -> Tensor:
-        """Latents (B, C, H, W) -> uint8 images (B, channels, S, S)."""
+        """Latents (B, C, H, W) -> uint8 images (B, channels, height, width)."""
         return to_uint8(self.tokenizer.decode(latents / self.latent_scale))

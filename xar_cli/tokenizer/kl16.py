@@ -1,9 +1,10 @@
-"""The KL-16 autoencoder of MAR (SPEC section 1): an image of S x S pixels <-> moments on an S/16 x S/16 grid.
+"""The KL-16 autoencoder of MAR (SPEC section 1): an image <-> moments on the grid of its 16 x 16 pixels.
 
 Owns the architecture, under the names of the published `kl16.ckpt`, and the reading of its files. Latent
 scaling and uint8 are not here: codec.py owns them.
 
-Shapes: B batch, C width of a level, Z = 16 latent channels, S image side, H = W = S / 16.
+Shapes: B batch, C width of a level, Z = 16 latent channels, S image side, H = W = S / 16. They are written for
+a square image; each axis goes by itself, so that a rectangle of multiples of 16 works alike.
 """
 
 from __future__ import annotations

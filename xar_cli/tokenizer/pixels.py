@@ -29,7 +29,7 @@ class Pixels:
         self.identity = f"pixels/p{patch}"
 
     def encode(self, images: Tensor) -> Tensor:
-        """Images (B, channels, S, S) in [-1, 1] -> moments (B, 2C, S/patch, S/patch): the pixels, then -30.
+        """Images (B, channels, height, width) in [-1, 1] -> moments (B, 2C, H, W): the pixels, then -30.
 
         Channel `c * patch^2 + row * patch + column` of a token is channel c of that pixel of its patch.
         """
@@ -37,5 +37,5 @@ class Pixels:
         return torch.cat([mean, torch.full_like(mean, LOGVAR)], dim=1)
 
     def decode(self, raw_latents: Tensor) -> Tensor:
-        """Unscaled latents (B, C, H, W) -> images (B, channels, S, S)."""
+        """Unscaled latents (B, C, H, W) -> images (B, channels, height, width)."""
         return F.pixel_shuffle(raw_latents, self.stride)

@@ -25,9 +25,9 @@ class Tokenizer(Protocol):
     identity: str
 
     def encode(self, images: Tensor) -> Tensor:
-        """Images (B, image_channels, S, S) in [-1, 1] -> moments (B, 2C, H, W): mean, then log-variance."""
+        """Images (B, image_channels, height, width) in [-1, 1] -> moments (B, 2C, H, W): mean, then log-variance."""
         ...
 
     def decode(self, raw_latents: Tensor) -> Tensor:
-        """Raw latents (B, C, H, W) -> images (B, image_channels, S, S), about [-1, 1], not clipped."""
+        """Raw latents (B, C, H, W) -> images (B, image_channels, height, width), about [-1, 1], not clipped."""
         ...

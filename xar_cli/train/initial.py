@@ -6,12 +6,12 @@ from collections.abc import Sequence
 
 import torch
 
-from xar_cli.config.schema import Config
+from xar_cli.config.schema import Config, sides_text
 from xar_cli.distributed import assign
 from xar_cli.errors import UserError
 from xar_cli.logs import log
 from xar_cli.train.state import TrainState
-from xar_cli.weights import open_weights
+from xar_cli.weights import WeightsFile, open_weights
 
 CLASS_TABLE = "class_embedding.weight"
 
@@ -40,6 +40,7 @@ def init_from(state: TrainState, source: str, class_names: Sequence[str]) -> Non
             f"{', '.join(unlike[:3]) or CLASS_TABLE} differ.",
             "Choose a recipe with the same width, depth, image size and entities; only the classes may differ.",
         )
+    _check_grid(found, config)
     table = fresh_class_table(config)
     kept = matching_classes(config, found.config, class_names, found.class_names)
     for mine, other in kept.items():
@@ -52,6 +53,22 @@ def init_from(state: TrainState, source: str, class_names: Sequence[str]) -> Non
         assign(parameter, tensor)
         for decay in config.train.ema_decays:
             assign(state.averages.tensors(decay)[name], tensor)
+
+
+def _check_grid(found: WeightsFile, config: Config) -> None:
+    """Refuse weights of another grid with as many tokens: shapes agree, and the learned positions mean other places."""
+    theirs, ours = sides_text(found.config.grid), sides_text(config.grid)
+    if found.stored is not None and theirs != ours:
+        raise UserError(
+            f"'{found.source}' was trained on a grid of {theirs} tokens, recipe '{config.name}' has {ours}: its "
+            "positions do not fit.",
+            "Choose a recipe with the same image size and tokenizer.",
+        )
+    if theirs != ours:
+        log.warning(
+            "'%s' does not say on which grid it was trained; recipe '%s', which it fits, has %s tokens and not %s.",
+            found.source, found.config.name, theirs, ours,
+        )  # fmt: skip
 
 
 def fresh_class_table(config: Config) -> torch.Tensor:

@@ -97,7 +97,7 @@ class Preview:
         return {metric.name: metric.value for metric in found.first.metrics.values() if metric.value is not None}
 
     def _draw(self, model: XAR, indices: list[int]) -> np.ndarray:
-        """Images of some indices: uint8 (B, channels, S, S)."""
+        """Images of some indices: uint8 (B, channels, height, width)."""
         config, parts = self._config, []
         for start in range(0, len(indices), config.sample.batch_size):
             chosen = indices[start : start + config.sample.batch_size]

@@ -61,7 +61,7 @@ def model_card(weights: WeightsFile, repo: str, results: Sequence[Mapping[str, A
         f"# {repo.partition('/')[2]}",
         "",
         f"An xAR image generator (arXiv 2502.20388), trained with `xar` on {config.data.dataset}: "
-        f"{parameters:.1f} M parameters, {config.data.image_size} x {config.data.image_size} pixels, "
+        f"{parameters:.1f} M parameters, {config.data.size_text}, "
         f"{config.data.num_classes} classes, recipe `{config.name}`, entity {entity}.",
         f"The weights are {_KINDS[weights.kind]}" + (f", taken at {', '.join(taken)}." if taken else "."),
         "",

@@ -80,6 +80,11 @@ def test_all_faults_are_reported_at_once_each_with_the_nearest_key():
         (["entity.size=7"], "entity.size 7 does not divide the 16 x 16 grid"),
         (["model.heads=7"], "must be a whole multiple of 4"),
         (["data.image_size=250"], "not a multiple of the tokenizer's 16 pixels"),
+        (["data.image_size=[256, 250]"], "data.image_size [256, 250]: 250 is not a multiple of the tokenizer's 16"),
+        (["data.image_size=[256, 384, 3]"], "data.image_size: must be a whole number above 0, the side of a square"),
+        (["data.image_size=[0, 256]"], "or two of them, [height, width] (got [0, 256])"),
+        (["data.image_size=0"], "data.image_size: must be a whole number above 0"),
+        (["data.image_size=256x384"], "data.image_size: must be a whole number above 0"),
         (["data.image_channels=1"], "needs data.image_channels: 3"),
         (["sample.num_steps=1"], "needs num_steps of 2 or more"),
         (["train.decay_start_fraction=0.1"], "must not lie before warmup_fraction"),
@@ -87,6 +92,13 @@ def test_all_faults_are_reported_at_once_each_with_the_nearest_key():
         (["entity={kind: subsample, stride: 3}"], "entity.stride 3 does not divide"),
         (["entity={kind: scale, sizes: [1, 2, 8]}"], "is not the 16 x 16 grid"),
         (["entity={kind: scale, sizes: [1, 3, 16]}"], "each must divide the last"),
+        (["entity={kind: scale, sizes: [4, 4, 16]}"], "must rise"),
+        (["entity={kind: scale, sizes: [[1, 4], [2, 2], 16]}"], "entity.sizes (1 x 4, 2 x 2, 16 x 16) must rise"),
+        (["entity={kind: scale, sizes: [[4, 3], 16]}"], "each must divide the last"),
+        (["entity={kind: scale, sizes: [0, 16]}"], "entity.sizes.0: must be a whole number above 0"),
+        (["data.image_size=[128, 192]", "entity={kind: scale, sizes: [1, 8]}"], "8 x 8, is not the 8 x 12 grid"),
+        (["data.image_size=[128, 192]", "entity.size=[4, 5]"], "entity.size 4 x 5 does not divide the 8 x 12 grid"),
+        (["data.image_size=[128, 192]", "entity={kind: subsample, stride: 3}"], "does not divide the 8 x 12 grid"),
     ],
 )
 def test_values_that_do_not_fit_together_are_refused(overrides, message):
@@ -98,6 +110,15 @@ def test_values_that_do_not_fit_together_are_refused(overrides, message):
 @pytest.mark.parametrize("entity", ["{kind: token}", "{kind: image}", "{kind: subsample, stride: 4}"])
 def test_other_entities_are_accepted(entity):
     assert load_recipe("base", [f"entity={entity}"]).entity.kind in entity
+
+
+def test_an_image_size_is_a_side_or_height_and_width():
+    config = load_recipe("base", ["data.image_size=[128, 192]", "entity.size=4"])
+    assert (config.data.image_shape, config.grid) == ((128, 192), (8, 12))
+    assert config.data.size_text == "128 x 192 pixels (height x width)"
+    assert validate(config.model_dump(mode="json"), "again") == config
+    assert override(config, ["data.image_size=[256, 256]", "entity.size=[8, 8]"]) == load_recipe("base")
+    assert load_recipe("base").data.size_text == "256 x 256 pixels"
 
 
 @pytest.mark.parametrize("text", ["train.epochs", "=3", "name.deeper=3", "model.dim={"])

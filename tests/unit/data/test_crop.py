@@ -21,6 +21,20 @@ STORED = {
     (500, 375, 4): [[130, 130, 130, 132], [130, 130, 130, 131], [131, 131, 130, 130], [130, 131, 131, 131]],
 }
 
+# (width, height, (height, width)): pixels of the crop of `pattern` to a rectangle
+OBLONG = {
+    (7, 5, (2, 3)): [[19, 49, 79], [58, 119, 117]],
+    (33, 17, (2, 6)): [[68, 121, 167, 169, 148, 97], [159, 182, 154, 119, 83, 98]],
+    (17, 33, (3, 2)): [[101, 171], [158, 104], [98, 140]],
+    (40, 3, (2, 4)): [[133, 130, 145, 157], [176, 152, 180, 203]],
+    (3, 41, (2, 3)): [[247, 8, 25], [4, 26, 48]],
+    (2, 3, (3, 4)): [[2, 3, 9, 11], [9, 11, 18, 21], [15, 19, 28, 31]],
+    (500, 375, (2, 3)): [[130, 130, 131], [131, 131, 131]],
+    (14, 12, (4, 2)): [[62, 86], [125, 138], [160, 183], [201, 183]],
+    (1, 1, (1, 2)): [[0, 0]],
+    (8, 8, (2, 4)): [[43, 82, 121, 117], [74, 133, 128, 145]],
+}
+
 
 def pattern(width: int, height: int) -> np.ndarray:
     """Grey pixels that differ in every direction, without a random generator."""
@@ -73,12 +87,45 @@ def reference_crop(values: np.ndarray, size: int) -> np.ndarray:
     return values[top : top + size, left : left + size]
 
 
+def reference_rectangle(values: np.ndarray, height: int, width: int) -> np.ndarray:
+    """The rule for rectangles in plain numpy, told by the side that binds: the one nearer to its target."""
+    values = values.astype(float)
+    while values.shape[0] >= 2 * height and values.shape[1] >= 2 * width:
+        values = resize(values, values.shape[1] // 2, values.shape[0] // 2, box)
+    rows, columns = values.shape
+    if rows * width <= columns * height:  # the image is wider than the target: its height binds
+        values = resize(values, round(columns * height / rows), height, bicubic)
+    else:
+        values = resize(values, width, round(rows * width / columns), bicubic)
+    top, left = (values.shape[0] - height) // 2, (values.shape[1] - width) // 2
+    return values[top : top + height, left : left + width]
+
+
 @pytest.mark.parametrize("case", [*STORED, (64, 100, 16), (99, 59, 16), (30, 900, 16), (12, 13, 16)])
 def test_crops_follow_the_rule(case):
     width, height, size = case
     pixels = pattern(width, height)
     ours = np.asarray(centre_crop(Image.fromarray(pixels), size)).astype(float)
     assert np.abs(ours - reference_crop(pixels, size)).max() <= 1  # the kernels of Pillow are in fixed point
+
+
+@pytest.mark.parametrize("case", OBLONG)
+def test_crops_to_a_rectangle_are_the_stored_ones_and_follow_the_rule(case):
+    width, height, size = case
+    pixels = pattern(width, height)
+    ours = np.asarray(centre_crop(Image.fromarray(pixels), size))
+    assert ours.tolist() == OBLONG[case]
+    assert np.abs(ours - reference_rectangle(pixels, *size)).max() <= 1
+
+
+def test_a_rectangle_is_halved_only_while_both_sides_allow_it():
+    exact = pattern(6, 4)  # 6 wide, 4 high
+    image = Image.fromarray(np.kron(exact, np.ones((4, 4), np.uint8)))
+    assert np.array_equal(centre_crop(image, (4, 6)), exact)  # halved twice, then as it is
+    wide = pattern(24, 4)
+    assert np.array_equal(centre_crop(Image.fromarray(wide), (4, 6)), wide[:, 9:15])  # cut, never halved
+    tall = pattern(6, 40)
+    assert np.array_equal(centre_crop(Image.fromarray(tall), (4, 6)), tall[18:22])
 
 
 def test_colours_are_cropped_alike():

@@ -50,6 +50,28 @@ def test_opens_whole_in_any_hdf5_program(cache):
         assert file.attrs["format_version"] == 1
 
 
+def test_a_square_cache_says_one_side_as_it_always_did(tmp_path):
+    path = make_cache(tmp_path / "latents.h5")
+    with h5py.File(path) as file:
+        assert (file.attrs["image_size"].shape, file.attrs["image_size"].dtype) == ((), np.int64)
+    # The content hash of this cache in version 0.1.0: runs are held to it.
+    assert LatentReader(path).content_hash == "85aaf4488a5fef06a9ec5b4049e84b43b99ee284ed6a747c0b051528b9b5dbc2"
+
+
+def test_a_cache_of_oblong_images_says_height_and_width(tmp_path):
+    path = make_cache(tmp_path / "latents.h5", make_layout(image_size=(8, 16)))
+    with h5py.File(path) as file:
+        assert (file.attrs["image_size"].tolist(), file.attrs["format_version"]) == ([8, 16], 1)
+    reader = LatentReader(path)
+    assert reader.image_size == (8, 16)
+    with pytest.raises(UserError, match=r"image size \(8 x 16\) than recipe 'tiny' has \(8 x 8\)"):
+        reader.check_matches(pixel_recipe())
+    with h5py.File(path, "r+") as file:
+        file.attrs["image_size"] = [8, 16, 3]
+    with pytest.raises(UserError, match="cannot be read as a latent cache"):
+        LatentReader(path)
+
+
 def test_shards_may_move_together(tmp_path):
     make_cache(tmp_path / "here" / "latents.h5", num_shards=2)
     (tmp_path / "here").rename(tmp_path / "there")

@@ -183,6 +183,20 @@ def test_a_reference_of_another_resolution_is_refused(folders, tmp_path) -> None
         evaluate(folders[0], tmp_path / "other.npz", "adm", settings=QUICK)
 
 
+def test_oblong_images_against_oblong_and_cropped_ones(tmp_path, fake_networks) -> None:
+    """Folders of 16 x 32 pixels as they are; and the same ones cut out of photographs of 32 x 32."""
+    photographs = make_images(30, seed=1)
+    samples = write_folder(tmp_path / "samples", make_images(22)[:, 8:24])
+    cut = write_folder(tmp_path / "cut", photographs[:, 8:24])
+    whole = write_folder(tmp_path / "whole", photographs)
+    found = evaluate(samples, cut, "adm", settings=QUICK)
+    assert (found.samples.image_size, found.reference.image_size) == ((16, 32), (16, 32))
+    with pytest.raises(UserError, match=r"16 x 32 pixels \(height x width\) and the reference .* 32 x 32"):
+        evaluate(samples, whole, "adm", settings=QUICK)
+    cropped = evaluate(samples, whole, "adm", settings=QUICK.model_copy(update={"image_size": (16, 32)}))
+    assert cropped.frechet_distance == found.frechet_distance
+
+
 @pytest.mark.parametrize("side", [0, 1])
 def test_one_image_is_no_distribution(folders, tmp_path, side: int) -> None:
     single = write_folder(tmp_path / "single", make_images(1))

@@ -20,21 +20,28 @@ def order_of(grouping: Grouping) -> list[int]:
 
 @st.composite
 def groupings(draw) -> Grouping:
-    """Any kind of entity on any square grid that it fits."""
+    """Any kind of entity on any grid that it fits, in any order that has a name."""
     kind = draw(st.sampled_from(["token", "image", "cell", "subsample", "scale"]))
-    factor, times = draw(st.integers(1, 4)), draw(st.integers(1, 4))
-    side = factor * times
+    size = draw(st.integers(1, 4)), draw(st.integers(1, 4))
+    grid = size[0] * draw(st.integers(1, 4)), size[1] * draw(st.integers(1, 4))
+    order = draw(st.sampled_from(["raster", "centre_out"]))
     if kind == "token":
-        return build_grouping(TokenEntity(kind="token"), (side, side))
-    if kind == "image":
-        return build_grouping(ImageEntity(kind="image"), (side, side))
-    if kind == "cell":
-        return build_grouping(CellEntity(kind="cell", size=factor), (side, side))
-    if kind == "subsample":
-        return build_grouping(SubsampleEntity(kind="subsample", stride=factor), (side, side))
-    divisors = [size for size in range(1, side) if side % size == 0]
-    chosen = sorted(draw(st.sets(st.sampled_from(divisors)))) if divisors else []
-    return build_grouping(ScaleEntity(kind="scale", sizes=(*chosen, side)), (side, side))
+        entity = TokenEntity(kind="token", order=order)
+    elif kind == "image":
+        entity = ImageEntity(kind="image")
+    elif kind == "cell":
+        entity = CellEntity(kind="cell", size=size, order=order)
+    elif kind == "subsample":
+        entity = SubsampleEntity(kind="subsample", stride=size, order=order)
+    else:
+        rows, columns = (sorted(draw(st.lists(st.sampled_from(divisors(side)), max_size=3))) for side in grid)
+        entity = ScaleEntity(kind="scale", sizes=tuple(dict.fromkeys([*zip(rows, columns, strict=False), grid])))
+    assert entity.misfit(grid) is None
+    return build_grouping(entity, grid)
+
+
+def divisors(number: int) -> list[int]:
+    return [divisor for divisor in range(1, number + 1) if number % divisor == 0]
 
 
 @settings(max_examples=60, deadline=None)
@@ -107,6 +114,27 @@ def test_scales_are_area_averages_with_centred_coordinates():
     assert tokens[:5].tolist() == [7.5, 2.5, 4.5, 10.5, 12.5]
     assert grouping.lengths == (1, 4, 16)
     assert grouping.coordinates[:3].tolist() == [[1.5, 1.5], [0.5, 0.5], [0.5, 2.5]]
+
+
+def test_scales_of_an_oblong_grid_have_the_centres_of_their_own_axes():
+    grouping = build_grouping(ScaleEntity(kind="scale", sizes=((1, 1), (1, 3), (2, 6))), (2, 6))
+    tokens = grouping.to_tokens(torch.arange(12.0).view(1, 1, 2, 6))[0, :, 0]
+    assert tokens[:4].tolist() == [5.5, 3.5, 5.5, 7.5]
+    assert grouping.lengths == (1, 3, 12)
+    assert grouping.coordinates[:4].tolist() == [[0.5, 2.5], [0.5, 0.5], [0.5, 2.5], [0.5, 4.5]]
+
+
+def test_every_other_kind_on_a_2_x_4_grid():
+    def order(entity):
+        return order_of(build_grouping(entity, (2, 4)))
+
+    assert order(CellEntity(kind="cell", size=2)) == [0, 1, 4, 5, 2, 3, 6, 7]
+    assert order(CellEntity(kind="cell", size=(1, 4))) == list(range(8))
+    assert order(CellEntity(kind="cell", size=(2, 1))) == [0, 4, 1, 5, 2, 6, 3, 7]
+    assert order(SubsampleEntity(kind="subsample", stride=2)) == [0, 2, 1, 3, 4, 6, 5, 7]
+    assert order(SubsampleEntity(kind="subsample", stride=(1, 2))) == [0, 2, 4, 6, 1, 3, 5, 7]
+    assert order(SubsampleEntity(kind="subsample", stride=(2, 4))) == [0, 1, 2, 3, 4, 5, 6, 7]
+    assert order(TokenEntity(kind="token", order="centre_out")) == [1, 2, 5, 6, 0, 3, 4, 7]
 
 
 @pytest.mark.parametrize(

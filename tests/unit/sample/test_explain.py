@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 
 from xar_cli.config.schema import CellEntity, ScaleEntity
 from xar_cli.model import build_grouping
-from xar_cli.sample.explain import Recorder, choose, evenly
+from xar_cli.sample.explain import Moment, Recorder, choose, evenly, picture
 
 
 @pytest.mark.parametrize(
@@ -36,3 +37,15 @@ def test_recorder_shows_the_newest_scale():
     record.note(0, 0.0, torch.full((1, 1, 1), 3.0))
     record.note(1, 0.0, torch.arange(4.0).view(1, 4, 1))
     assert [moment.latents[0].tolist() for moment in record.moments] == [[[3, 3], [3, 3]], [[0, 1], [2, 3]]]
+
+
+def test_tiles_keep_the_proportions_of_the_image():
+    """A white square in the lower right quarter of an 8 x 16 image stays a square of the tile's height over two."""
+    image = np.zeros((1, 8, 16), np.uint8)
+    image[:, 4:, 12:] = 255
+    moments = [[Moment(0, 1.0, torch.zeros(1)), Moment(0, 0.0, torch.zeros(1))]]
+    drawn = np.asarray(picture(moments, [[image, image]], 1).convert("L"))
+    assert drawn.shape == (56 + 18 + 4, 92 + 2 * (112 + 4))
+    tile = drawn[18 : 18 + 56, 92 : 92 + 112]
+    assert (tile[28:, 84:] == 255).all()
+    assert (tile == 255).sum() == 28 * 28

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from contextlib import closing
 
+import h5py
 import numpy as np
 import pytest
 
@@ -39,6 +40,18 @@ def test_gives_up_when_no_image_comes_any_more(tmp_path):
     with pytest.raises(UserError, match="2 images of other processes are missing") as caught:
         wait_for_images(tmp_path, 3, lambda seconds: None, patience=5)
     assert caught.value.exit_code == 1
+
+
+def test_oblong_images_are_packed_as_rows_and_columns(tmp_path):
+    images = np.arange(3 * 2 * 5, dtype=np.uint8).reshape(3, 1, 2, 5)
+    with closing(PngWriter(tmp_path)) as writer:
+        for index, image in enumerate(images):
+            writer.write(index, image)
+    manifest = {**MANIFEST, "image_size": [2, 5]}
+    with np.load(write_pack(tmp_path, manifest, "npz")) as packed:
+        assert np.array_equal(packed["arr_0"], images.transpose(0, 2, 3, 1).repeat(3, axis=-1))
+    with h5py.File(write_pack(tmp_path, manifest, "hdf5")) as file:
+        assert np.array_equal(file["images"][:], images.transpose(0, 2, 3, 1))
 
 
 @pytest.mark.parametrize("pack", ["npz", "hdf5"])

@@ -21,8 +21,15 @@ CPU = torch.device("cpu")
 KINDS = ("{kind: cell, size: 4}", "{kind: subsample, stride: 2}", "{kind: scale, sizes: [2, 8]}", "{kind: image}")
 
 
-def small_model(entity: str = KINDS[0], dim: int = 32) -> XAR:
-    model = XAR(pixel_recipe(f"model={{dim: {dim}, depth: 1, heads: 2}}", f"entity={entity}"))
+OBLONG_KINDS = (
+    "{kind: cell, size: [4, 3]}", "{kind: subsample, stride: 2, order: centre_out}",
+    "{kind: scale, sizes: [1, [2, 3], [4, 6]]}", "{kind: token, order: centre_out}",
+)  # fmt: skip
+
+
+def small_model(entity: str = KINDS[0], dim: int = 32, image_size: str = "8") -> XAR:
+    network = f"model={{dim: {dim}, depth: 1, heads: 2}}"
+    model = XAR(pixel_recipe(network, f"entity={entity}", f"data.image_size={image_size}"))
     init_weights(model, torch.Generator().manual_seed(0))
     return model.eval()
 
@@ -66,6 +73,15 @@ def test_equal_to_sampling_without_cache_or_tables(entity, solver):
     model = small_model(entity)
     plan = plan_for(model, solver=solver)
     torch.testing.assert_close(draw(model, plan), draw_without_cache(model, plan, (0, 1, 2)), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("entity", OBLONG_KINDS)
+def test_so_on_an_oblong_grid(entity):
+    model = small_model(entity, image_size="[4, 6]")
+    plan = plan_for(model)
+    images = draw(model, plan)
+    assert images.shape == (3, 1, 4, 6)
+    torch.testing.assert_close(images, draw_without_cache(model, plan, (0, 1, 2)), rtol=1e-4, atol=1e-4)
 
 
 def test_image_i_is_image_i_in_any_batch():

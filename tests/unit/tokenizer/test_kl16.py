@@ -93,6 +93,14 @@ def test_bfloat16_stays_near_float32(files):
     assert (got - expected).square().mean() < 1e-3 * expected.square().mean()
 
 
+def test_an_oblong_image_goes_through_with_its_own_grid(files):
+    kl16 = load_kl16(files / "kl16.ckpt", CPU)
+    image = torch.rand(1, 3, 16, 48, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    moments = kl16.encode(image)
+    assert moments.shape == (1, 32, 1, 3)
+    assert kl16.decode(moments[:, :16]).shape == image.shape
+
+
 def test_logvar_is_clamped():
     network = build_on_meta().to_empty(device="cpu")
     torch.nn.init.zeros_(network.quant_conv.weight)

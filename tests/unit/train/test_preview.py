@@ -4,7 +4,7 @@ import pytest
 import torch
 from PIL import Image
 
-from tests.caches import make_cache, make_images
+from tests.caches import make_cache, make_images, make_layout
 from tests.runs import final_tensors, settings, small_recipe
 from xar_cli.checkpoint import latest_checkpoint
 from xar_cli.errors import UserError
@@ -103,6 +103,15 @@ def test_a_new_class_table(run, data, tmp_path):
 def test_another_network_cannot_be_started_from(run, data, tmp_path):
     with pytest.raises(UserError, match="is of another network than recipe"):
         train(settings(small_recipe("model.dim=32"), data, tmp_path / "run", init_from=str(run.root)))
+    assert not (tmp_path / "run").exists()
+
+
+def test_as_many_tokens_on_another_grid_cannot_be_started_from(run, tmp_path):
+    """4 x 16 pixels have the 64 tokens of 8 x 8: the shapes agree, and the learned positions mean other places."""
+    config = small_recipe("data.image_size=[4, 16]")
+    cache = make_cache(tmp_path / "oblong.h5", make_layout(image_size=(4, 16), grid=(4, 16)))
+    with pytest.raises(UserError, match="grid of 8 x 8 tokens, recipe 'tiny' has 4 x 16"):
+        train(settings(config, cache, tmp_path / "run", init_from=str(run.root)))
     assert not (tmp_path / "run").exists()
 
 
