@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -78,7 +79,6 @@ class LayerCache:
 Attend = Callable[[Tensor, Tensor, Tensor, tuple[int, ...], float], Tensor]
 
 
-@lru_cache(maxsize=32)
 def attention_runs(lengths: tuple[int, ...]) -> tuple[tuple[int, ...], ...]:
     """Neighbouring entities that share one call of attention: large ones stand alone, small ones are joined.
 
@@ -95,12 +95,21 @@ def attention_runs(lengths: tuple[int, ...]) -> tuple[tuple[int, ...], ...]:
     return tuple(runs)
 
 
+def _kept(make: Callable[..., Tensor], *arguments: Any) -> Tensor:
+    """A mask, made once for the same arguments; inside a compiled graph it is a part of the graph."""
+    return make(*arguments) if torch.compiler.is_compiling() else _kept_masks(make, *arguments)
+
+
+@lru_cache(maxsize=64)
+def _kept_masks(make: Callable[..., Tensor], *arguments: Any) -> Tensor:
+    return make(*arguments)
+
+
 def entity_of_token(lengths: tuple[int, ...], device: torch.device | None) -> Tensor:
     """(N,) number of the entity that each token belongs to."""
     return torch.repeat_interleave(torch.arange(len(lengths), device=device), torch.tensor(lengths, device=device))
 
 
-@lru_cache(maxsize=64)
 def block_causal_mask(lengths: tuple[int, ...], past: int = 0, device: torch.device | None = None) -> Tensor:
     """(N, past + N) bool, True where a token may look: its own entity, all earlier ones, the past."""
     entity = entity_of_token(lengths, device)
@@ -128,7 +137,7 @@ def block_causal_attention(
     parts, start = [], 0
     for run in attention_runs(lengths):
         end = start + sum(run)
-        mask = None if len(run) == 1 else block_causal_mask(run, past + start, queries.device)
+        mask = None if len(run) == 1 else _kept(block_causal_mask, run, past + start, queries.device)
         seen = slice(0, past + end)
         parts.append(
             F.scaled_dot_product_attention(
@@ -139,7 +148,6 @@ def block_causal_attention(
     return parts[0] if len(parts) == 1 else torch.cat(parts, dim=2)
 
 
-@lru_cache(maxsize=64)
 def teacher_forcing_mask(lengths: tuple[int, ...], past: int = 0, device: torch.device | None = None) -> Tensor:
     """(N, past + 2 N) bool, True where a noisy token may look: the past, clean earlier entities, its own noisy one."""
     entity = entity_of_token(lengths, device)
@@ -176,7 +184,7 @@ def teacher_forcing_attention(
                 noisy_q[:, :, own],
                 torch.cat([clean_k[:, :, seen], noisy_k[:, :, own]], dim=2),
                 torch.cat([clean_v[:, :, seen], noisy_v[:, :, own]], dim=2),
-                attn_mask=None if alone else teacher_forcing_mask(run, start, queries.device),
+                attn_mask=None if alone else _kept(teacher_forcing_mask, run, start, queries.device),
                 dropout_p=dropout,
             )
         )
