@@ -161,14 +161,18 @@ class Records:
             logger.write(record["step"], numbers)
 
     def bad_step(self, **values: Any) -> None:
-        """Add a line to RUN/skipped_steps.jsonl."""
-        if self._enabled:
+        """Add a line to RUN/skipped_steps.jsonl; on a full disk the line is lost and the run goes on."""
+        if not self._enabled:
+            return
+        try:
             with (self._run.root / "skipped_steps.jsonl").open("a", encoding="utf-8") as file:
                 file.write(json.dumps(values) + "\n")
+        except OSError as error:
+            log.error("A line of skipped_steps.jsonl could not be written (%s): the run goes on.", error)
 
     def image(self, step: int, path: Path) -> None:
-        """Show a picture in the loggers."""
-        for logger in self._loggers if self._enabled else ():
+        """Show a picture in the loggers, if it could be written."""
+        for logger in self._loggers if self._enabled and path.exists() else ():
             logger.image(step, path)
 
     def close(self) -> None:

@@ -3,17 +3,21 @@
 import json
 import logging
 
+import numpy as np
 import pytest
 import torch
 from typer.testing import CliRunner
 
-from tests.caches import make_cache
+from tests.caches import N, make_cache
 from tests.runs import settings, small_recipe
 from xar_cli.cli.app import app
 from xar_cli.config import dump_config, load_recipe
+from xar_cli.data.latents import LatentWriter
 from xar_cli.distributed import Ranks
+from xar_cli.errors import UserError
 from xar_cli.logs import log
 from xar_cli.train import loop, preflight
+from xar_cli.train import step as step_module
 from xar_cli.train.loop import train
 
 CPU = torch.device("cpu")
@@ -87,3 +91,40 @@ def test_ranks_of_one_machine_share_its_memory(monkeypatch, local, expected):
     monkeypatch.setattr(preflight, "device_bytes", lambda device: 100)
     plan = loop.make_plan(load_recipe("tiny"), 1, 1500)
     assert preflight.with_memory(plan, Ranks(1, 1, 10, CPU)).device_bytes == expected
+
+
+def test_a_first_batch_that_does_not_fit_ends_the_run_before_anything_is_written(data, tmp_path, monkeypatch):
+    def full(*_):
+        raise torch.cuda.OutOfMemoryError("CUDA out of memory.")
+
+    monkeypatch.setattr(step_module, "batch_loss", full)
+    with pytest.raises(UserError, match="pass of 8 images does not fit") as caught:
+        train(settings(small_recipe(), data, tmp_path / "run"))
+    assert caught.value.exit_code == 1
+    assert "--max-batch-per-rank 4" in caught.value.next_step
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_first_batch_that_is_not_finite_is_told(tmp_path, caplog):
+    make_cache(tmp_path / "bad.h5")
+    image, mirror = np.full((2, N, 2, 8, 8), np.nan, dtype=np.float32)
+    with LatentWriter(tmp_path / "bad.h5") as writer:
+        writer.write(np.arange(N), image, mirror)
+        writer.commit()
+    train(settings(small_recipe("train.epochs=0.2"), tmp_path / "bad.h5", tmp_path / "run"))
+    assert "The loss of the first batch is not finite" in caplog.text
+
+
+def test_gradients_of_the_first_batch_have_their_place_in_the_second_pass(data, tmp_path, monkeypatch):
+    """With accumulation the second pass needs more memory than the first: both are tried."""
+    passes, batch_loss = [], step_module.batch_loss
+
+    def counted(model, *rest):
+        passes.append(any(parameter.grad is not None for parameter in model.parameters()))
+        return batch_loss(model, *rest)
+
+    monkeypatch.setattr(step_module, "batch_loss", counted)
+    monkeypatch.setattr(loop, "_run_steps", lambda *_: {})
+    for at_most in (2, 8):
+        train(settings(small_recipe(f"train.max_batch_per_rank={at_most}"), data, tmp_path / str(at_most)))
+    assert passes == [False, True, False]

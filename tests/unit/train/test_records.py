@@ -2,6 +2,7 @@
 
 import struct
 import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -10,6 +11,7 @@ from PIL import Image
 from tests.caches import make_cache
 from tests.runs import settings, small_recipe
 from xar_cli.errors import UserError
+from xar_cli.logs import log
 from xar_cli.run_dir import RunDir
 from xar_cli.train import loop
 from xar_cli.train.loop import train
@@ -105,6 +107,25 @@ def test_lists_and_evaluations_become_numbers(tmp_path, wandb):
     records.close()
     assert wandb.history[0] == {"step": 3, "loss": 0.5, "loss_by_t/0": 0.1, "loss_by_t/2": 0.3}
     assert wandb.history[1] == {"step": 3, "evaluation/FID (digits, 12 images)": 7.5}
+
+
+def test_a_full_disk_ends_neither_pictures_nor_the_list_of_skipped_steps(data, tmp_path, monkeypatch, wandb, caplog):
+    def full(*_, **__):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(log, "propagate", True)
+    config = small_recipe(*WANDB, "train.preview_every=5", "train.preview_count=4")
+    with monkeypatch.context() as patch:
+        patch.setattr(Image.Image, "save", full)
+        train(settings(config, data, tmp_path / "run"))
+    assert "The preview of step 5 could not be written" in caplog.text
+    assert not any("preview" in values for values in wandb.history)
+    records = Records(RunDir(tmp_path / "run"), config, 10, enabled=True)
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "open", full)
+        records.bad_step(step=3)
+    assert "A line of skipped_steps.jsonl could not be written" in caplog.text
+    records.close()
 
 
 def test_not_logged_in_is_a_sentence(data, tmp_path, monkeypatch, wandb):
