@@ -170,3 +170,19 @@ def test_the_code_that_stays_is_compiled_for_one_batch(monkeypatch):
     passes(4)
     passes(2)
     assert any(dynamic)  # what would happen without forgetting
+
+
+def test_no_gradient_of_a_trial_stays():
+    """Neither of one that fits, nor of one that ran out of memory on the way back."""
+    state, there = TrainState.fresh(auto(), CPU), []
+
+    def trial(batch):
+        there.append(any(parameter.grad is not None for parameter in state.model.parameters()))
+        for parameter in state.model.parameters():
+            parameter.grad = torch.zeros_like(parameter)
+        if batch > 2:
+            raise RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling cublasCreate")
+
+    assert find_batch(state, ALONE, 8, trial, budget=1) == 2
+    assert there == [False] * 3
+    assert all(parameter.grad is None for parameter in state.model.parameters())
