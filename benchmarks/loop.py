@@ -53,6 +53,7 @@ class Clock:
     waits: list[float] = field(default_factory=list)  # seconds in each next(batches)
     blocked: list[float] = field(default_factory=list)  # seconds in each CheckpointWriter.save
     written: list[tuple[float, float]] = field(default_factory=list)  # when its thread began and ended
+    writing: float = 0.0  # seconds of processor time of that thread
     reading: float = 0.0  # seconds of processor time of the loader's threads
 
     @property
@@ -78,9 +79,10 @@ class TimedWriter(CheckpointWriter):
         clock.blocked.append(time.perf_counter() - began)
 
     def _write(self, *arguments: Any) -> None:
-        began = time.perf_counter()
+        began, busy = time.perf_counter(), time.thread_time()
         super()._write(*arguments)
         clock.written.append((began, time.perf_counter()))
+        clock.writing = time.thread_time() - busy
 
 
 class TimedReader(LatentReader):
@@ -204,6 +206,7 @@ def main() -> None:
         "stall of one checkpoint, seconds": spread(stalls),
         "of which save() blocks the loop, seconds": spread([b.blocked[0] for _, b in pairs]),
         "its thread writes for, seconds": spread([end - began for _, b in pairs for began, end in b.written]),
+        "processor time of its thread, seconds": spread([b.writing for _, b in pairs]),
         "share of time waiting for data": spread([sum(one.waits[1:]) / one.seconds for one in quiet]),
         "share of processor time reading data": spread([one.reading / one.seconds / options.threads for one in quiet]),
         "checkpoint_every at which the stall is 5 %": statistics.median(stalls) / (0.05 * step),
