@@ -189,7 +189,10 @@ class CheckpointWriter:
         self.fault = None
         for folder in sorted(self._run.checkpoints.glob("step-*"))[: -self._keep_last]:
             if not (self._keep_every and int(folder.name.removeprefix("step-")) % self._keep_every == 0):
-                shutil.rmtree(folder)
+                try:
+                    shutil.rmtree(folder)
+                except OSError as error:  # a network drive may still hold a file of it
+                    log.warning("The old checkpoint %s could not be removed: %s.", folder, error)
 
 
 def _save_file(tensors: dict[str, Tensor], path: Path) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import socket
 import struct
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -26,6 +27,7 @@ Value = TypeVar("Value")
 
 HOST_TIMEOUT_MINUTES = 60  # rank 0 may write a large checkpoint while the others wait
 TIMEOUT_SECONDS = 600.0  # how long ranks wait for each other, at the start and in a collective
+STORE_GRACE_SECONDS = 2.0  # a torch client that times out by itself says more
 SIOCGIFADDR = 0x8915  # Linux: the address of a network interface
 
 
@@ -163,19 +165,61 @@ def process_group(device: str = "auto", timeout_seconds: float = TIMEOUT_SECONDS
 
 def _meet(backend: str, rank: int, world_size: int, seconds: float) -> None:
     """Form the default group within the time limit."""
-    place = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
+    host, port = os.environ.get("MASTER_ADDR", "localhost"), int(os.environ.get("MASTER_PORT", 0))
+    place = f"{host}:{port}"
     try:
+        if rank:
+            require_store(host, port, seconds)
         dist.init_process_group(backend, rank=rank, world_size=world_size, timeout=timedelta(seconds=seconds))
     except (dist.DistNetworkError, dist.DistStoreError) as error:
-        if "EADDRINUSE" in str(error) or "address already in use" in str(error):
+        if port_in_use(error):
             raise UserError(
-                f"The port of {place} is in use.", "Choose another one: --rdzv-endpoint HOST:PORT or MASTER_PORT."
+                f"The port of {place} is in use.",
+                "Choose another one: --rdzv-endpoint HOST:PORT or MASTER_PORT.",
+                exit_code=1,
             ) from None
         raise UserError(
             f"The {world_size} ranks did not meet at {place} within {seconds:.0f} seconds.",
             "Check that all ranks were started, name the same address, and that the port is open.",
             exit_code=1,
         ) from error
+
+
+def require_store(host: str, port: int, seconds: float) -> None:
+    """Wait until a torch store answers at this address.
+
+    A torch client waits without end for the first word of another program that listens there and says nothing: so the
+    waiting is done aside, by a thread that is left behind.
+
+    Raises:
+        DistNetworkError: none answers within the time limit.
+    """
+    outcome: list[Exception | None] = []
+
+    def connect() -> None:
+        try:
+            dist.TCPStore(host, port, is_master=False, timeout=timedelta(seconds=seconds), wait_for_workers=False)
+        except Exception as error:  # handed on below
+            outcome.append(error)
+        else:
+            outcome.append(None)
+
+    thread = threading.Thread(target=connect, daemon=True)
+    thread.start()
+    thread.join(seconds + STORE_GRACE_SECONDS)
+    if not outcome:
+        raise dist.DistNetworkError(f"what listens at {host}:{port} does not answer as a rendezvous does")
+    if outcome[0] is not None:
+        raise outcome[0]
+
+
+def port_in_use(error: BaseException | None) -> bool:
+    """Whether an error, or one that led to it, says that the port is taken."""
+    while error is not None:
+        if "EADDRINUSE" in str(error) or "address already in use" in str(error).lower():
+            return True
+        error = error.__cause__ or error.__context__
+    return False
 
 
 def local_address(host: str, port: int = 9) -> str:

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 from torch.distributed import DistError
 
 from xar_cli.config.schema import Section
-from xar_cli.distributed import TIMEOUT_SECONDS, local_address
+from xar_cli.distributed import TIMEOUT_SECONDS, local_address, port_in_use, require_store
 from xar_cli.errors import UserError
 from xar_cli.logs import log, setup_logs
 
@@ -146,6 +146,9 @@ def _launch(stage: str, settings: Section, options: LaunchOptions) -> Mapping[st
         (folder / SETTINGS_FILE).write_text(settings.model_dump_json(), encoding="utf-8")
         target = f"{type(settings).__module__}:{type(settings).__qualname__}"
         try:
+            if options.node_rank:
+                host, _, port = options.rdzv_endpoint.rpartition(":")
+                require_store(host, int(port), options.rdzv_timeout)
             results = elastic_launch(_launch_config(stage, options), _worker)(stage, target, str(folder))
         except ChildFailedError as error:
             _raise_user_error(folder)
@@ -157,10 +160,9 @@ def _launch(stage: str, settings: Section, options: LaunchOptions) -> Mapping[st
             raise SystemExit(128 + error.sigval) from None
         except (RendezvousError, DistError) as error:
             _raise_user_error(folder)
-            in_use = "EADDRINUSE" in repr(error) or "already in use" in repr(error)
             absent = f"The {options.nnodes} machines did not meet at {options.rdzv_endpoint}, or one went away: {error}"
             raise UserError(
-                f"The port of {options.rdzv_endpoint} is in use." if in_use else absent,
+                f"The port of {options.rdzv_endpoint} is in use." if port_in_use(error) else absent,
                 "Check that machine 0 is up, that the port is free and open, and that all name the same endpoint.",
                 exit_code=1,
             ) from None

@@ -30,7 +30,8 @@ def run_jobs(jobs: dict[str, dict], folder: Path, world_size: int = 2, timeout: 
     """Run jobs in `world_size` processes; what every rank says of each: "done", or the sentence it ended with.
 
     A job is the settings of a run (as `TrainSettings` takes them, config as the overrides of `small_recipe`), and
-    maybe `fail_at`, a step at which all ranks raise, and `rank_overrides`, more overrides for a rank.
+    maybe `fail_at`, a step at which all ranks raise, `rank_overrides`, more overrides for a rank, `rank_data`, another
+    cache for a rank, and `rank_holds`, the largest batch of a rank whose memory is probed.
     """
     ports = free_ports(len(jobs))
     numbered = {name: {**job, "port": port} for (name, job), port in zip(jobs.items(), ports, strict=True)}
@@ -66,11 +67,12 @@ def _main(path: Path) -> None:
     from xar_cli.errors import UserError
     from xar_cli.logs import setup_logs
     from xar_cli.train import loop
+    from xar_cli.train import step as step_module
 
     torch.set_num_threads(1)
     rank, said = int(os.environ["RANK"]), {}
     setup_logs(rank)
-    take_step = loop.take_step
+    take_step, batch_loss = loop.take_step, step_module.batch_loss
     for name, job in json.loads(path.read_text()).items():
         os.environ["MASTER_PORT"] = str(job["port"])
         overrides = [*job.get("overrides", []), *job.get("rank_overrides", {}).get(str(rank), [])]
@@ -82,9 +84,18 @@ def _main(path: Path) -> None:
                 raise UserError("Failed as asked.", "")
             take_step(state, *rest)
 
-        loop.take_step = step
+        holds = job.get("rank_holds", {}).get(str(rank))
+
+        def loss(model, config, grouping, moments, *rest, holds=holds):
+            if holds is not None and moments.shape[0] > holds:
+                raise torch.cuda.OutOfMemoryError("out of memory")
+            return batch_loss(model, config, grouping, moments, *rest)
+
+        loop.take_step, step_module.batch_loss = step, loss
+        loop.PROBED_DEVICES = ("cuda",) if holds is None else ("cpu",)
+        data = job.get("rank_data", {}).get(str(rank), job["data"])
         try:
-            loop.train(settings(small_recipe(*overrides), Path(job["data"]), Path(job["out"]), **job.get("more", {})))
+            loop.train(settings(small_recipe(*overrides), Path(data), Path(job["out"]), **job.get("more", {})))
             said[name] = "done"
         except UserError as error:
             said[name] = str(error)

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import pytest
 
-from tests.caches import make_cache
+from tests.caches import make_cache, make_images, make_layout
 from tests.distributed.ranks import run_jobs
 from tests.runs import final_tensors, losses, settings, small_recipe
 from xar_cli.checkpoint import latest_checkpoint
+from xar_cli.logs import read_metrics
 from xar_cli.run_dir import RunDir
 from xar_cli.train.loop import train
 
@@ -51,7 +52,22 @@ def said(data, folder):
     jobs["unlike recipes"] = job("unlike", rank_overrides={"1": ["train.base_lr=0.5"]})
     jobs["too few images"] = job("few", "train.global_batch_size=64")
     jobs["no such division"] = job("odd", "train.global_batch_size=7")
-    jobs["draws"] = job("draws", "train.preview_every=5", "train.preview_count=5", "train.parallel=fsdp")
+    for name in ("ddp", "ddp recomputed"):
+        jobs[f"{name} probed"] = job(
+            f"{name} probed", *PLAIN, *SPREADS[name], "train.max_batch_per_rank=auto", rank_holds={"0": 4, "1": 2}
+        )
+    jobs["fsdp probed"] = job(
+        "fsdp probed", *PLAIN, "train.parallel=fsdp", "train.max_batch_per_rank=auto", rank_holds={"0": 4, "1": 4}
+    )
+    other = make_cache(folder / "other.h5", make_layout(source="another"))
+    jobs["unlike caches"] = job("unlike caches", rank_data={"1": other})
+    jobs["no cache"] = job("no cache", rank_data={"1": folder / "none.h5"})
+    looks = ("train.preview_every=5", "train.preview_count=5", "train.eval_every=1", "train.eval_count=7")
+    reference = make_images(folder / "real")
+    jobs["draws"] = job(
+        "draws", *looks, "train.parallel=fsdp", "evaluate.protocol=digits", more={"reference": reference}
+    )
+    jobs["draws ddp"] = job("draws ddp", *looks, "evaluate.protocol=digits", more={"reference": reference})
     return run_jobs(jobs, folder)
 
 
@@ -102,6 +118,32 @@ def test_ranks_with_unlike_recipes_are_refused_by_all(said, folder):
     assert not (folder / "unlike").exists()
 
 
+def test_ranks_with_unlike_caches_are_refused_by_all(said, folder):
+    assert said["unlike caches"][0].startswith("Rank 1 has another latent cache than rank 0.")
+    assert said["unlike caches"][0] == said["unlike caches"][1]
+    assert not (folder / "unlike caches").exists()
+
+
+def test_a_cache_that_one_rank_does_not_see_is_told_by_all(said, folder):
+    assert "none.h5" in said["no cache"][0]
+    assert said["no cache"][0] == said["no cache"][1]
+    assert not (folder / "no cache").exists()
+
+
+@pytest.mark.parametrize("name", ["ddp probed", "ddp recomputed probed"])
+def test_a_probed_batch_is_what_the_smallest_rank_holds(said, one_rank, folder, name):
+    """Rank 1 runs out of memory where rank 0 does not: neither waits for the other, and the run is not disturbed."""
+    assert said[name] == ["done", "done"]
+    assert latest_checkpoint(RunDir(folder / name)).state["batch_size_per_rank"] == 2
+    assert list(losses(folder / name).values()) == pytest.approx(list(one_rank.values()), rel=1e-5)
+
+
+def test_sharded_ranks_measure_small_batches_together(said, one_rank, folder):
+    assert said["fsdp probed"] == ["done", "done"]
+    assert latest_checkpoint(RunDir(folder / "fsdp probed")).state["batch_size_per_rank"] == 4
+    assert list(losses(folder / "fsdp probed").values()) == pytest.approx(list(one_rank.values()), rel=1e-5)
+
+
 def test_bad_input_is_the_same_sentence_on_all_ranks(said, folder):
     assert all("fewer than one global batch" in sentence for sentence in said["too few images"])
     assert all("cannot be divided over 2 ranks" in sentence for sentence in said["no such division"])
@@ -114,3 +156,17 @@ def test_all_ranks_draw_the_preview(said, folder):
         "step-00000005.png",
         "step-00000010.png",
     ]
+
+
+def test_all_ranks_draw_for_the_evaluation(said, data, folder):
+    assert said["draws ddp"] == ["done", "done"]
+    looks = ("train.eval_every=1", "train.eval_count=7", "evaluate.protocol=digits")
+    train(settings(small_recipe(*looks), data, folder / "draws alone", reference=folder / "real"))
+
+    def evaluations(name):
+        records = read_metrics(RunDir(folder / name).metrics)
+        return {record["step"]: record["evaluation"] for record in records if "evaluation" in record}
+
+    found = [evaluations(name) for name in ("draws", "draws ddp")]
+    assert [sorted(of_run) for of_run in found] == [[5, 10], [5, 10]]
+    assert all(of_run[5].keys() == evaluations("draws alone")[5].keys() for of_run in found)

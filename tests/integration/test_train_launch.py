@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import socket
 import subprocess
 import sys
 import time
@@ -101,6 +102,47 @@ def test_bad_input_and_failures_come_through(data, tmp_path):
     code, _, error = finish(nobody)
     assert code == 1
     assert "The 2 machines did not meet" in error
+
+
+@pytest.fixture
+def taken_port():
+    """A port that another program listens on and never answers."""
+    with socket.socket() as other:
+        other.bind(("127.0.0.1", 0))
+        other.listen()
+        yield other.getsockname()[1]
+
+
+def test_a_port_in_use_is_a_sentence_on_both_nodes(data, tmp_path, taken_port):
+    """Node 0, which would host the meeting, says so at once; node 1 reaches the other program and gives up in time."""
+    began = time.monotonic()
+    nodes = [
+        start(
+            [
+                sys.executable, *arguments(data, tmp_path / "run", "--nnodes", "2", "--node-rank", str(number)),
+                "--rdzv-endpoint", f"127.0.0.1:{taken_port}", "--rdzv-timeout", "5",
+            ]
+        )
+        for number in range(2)
+    ]  # fmt: skip
+    (code, _, host), (other_code, _, other) = [finish(node, timeout=90) for node in nodes]
+    assert code == other_code == 1
+    assert f"error: The port of 127.0.0.1:{taken_port} is in use." in host
+    assert f"error: The 2 machines did not meet at 127.0.0.1:{taken_port}" in other
+    assert "Traceback" not in host + other
+    assert not (tmp_path / "run").exists()
+    assert time.monotonic() - began < 80
+
+
+def test_a_master_port_in_use_is_a_sentence(data, tmp_path, taken_port):
+    """Under somebody's own launcher or Slurm, rank 0 hosts at MASTER_PORT."""
+    alone = start(
+        [sys.executable, *arguments(data, tmp_path / "run", "--rdzv-timeout", "5")],
+        RANK="0", LOCAL_RANK="0", WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(taken_port),
+    )  # fmt: skip
+    code, _, error = finish(alone, timeout=90)
+    assert code == 1
+    assert f"error: The port of 127.0.0.1:{taken_port} is in use." in error
 
 
 def test_the_failing_ranks_traceback_is_shown(tmp_path):

@@ -47,6 +47,24 @@ def require_checkpoint_of(run):
     return require_checkpoint(run)
 
 
+def test_an_old_one_that_cannot_be_removed_is_told_and_stays(run, caplog, monkeypatch):
+    def busy(*_, **__):
+        raise OSError(16, "Device or resource busy")
+
+    write_checkpoint(run, 1, groups(1), {})
+    writer = CheckpointWriter(run, keep_last=1)
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoint.shutil, "rmtree", lambda path, ignore_errors=False: None if ignore_errors else busy())
+        writer.save(2, groups(2), {})
+        writer.wait()
+    assert "step-00000001 could not be removed" in caplog.text
+    assert writer.fault is None
+    assert steps(run) == [1, 2]
+    writer.save(3, groups(3), {})
+    writer.close()
+    assert steps(run) == [3]
+
+
 def test_no_checkpoint(run):
     assert latest_checkpoint(run) is None
     run.root.mkdir()

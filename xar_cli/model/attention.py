@@ -107,7 +107,7 @@ def _kept_masks(make: Callable[..., Tensor], *arguments: Any) -> Tensor:
 
 def entity_of_token(lengths: tuple[int, ...], device: torch.device | None) -> Tensor:
     """(N,) number of the entity that each token belongs to."""
-    return torch.repeat_interleave(torch.arange(len(lengths), device=device), torch.tensor(lengths, device=device))
+    return torch.tensor([entity for entity, length in enumerate(lengths) for _ in range(length)], device=device)
 
 
 def block_causal_mask(lengths: tuple[int, ...], past: int = 0, device: torch.device | None = None) -> Tensor:

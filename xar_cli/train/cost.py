@@ -6,6 +6,7 @@ Counted from shapes; a multiply-add is two operations. Legend: N tokens, K entit
 from __future__ import annotations
 
 import os
+import re
 
 import torch
 
@@ -16,10 +17,12 @@ FLOAT_BYTES = 4
 ADAM_STATES = 2
 SHARE_OF_MEMORY = 0.85  # what a batch chosen by estimate may fill
 
-# Dense peak of matrix products in bf16, in operations per second, from the makers' data sheets.
+# Dense peak of matrix products in bf16, in operations per second, from the makers' data sheets; by whole words of the
+# device's name, the first that is found.
 PEAK_BF16 = {
-    "H100 PCIe": 756e12, "H100": 989e12, "H200": 989e12, "H800": 989e12, "B200": 2250e12, "A100": 312e12,
-    "A800": 312e12, "L40S": 362e12, "L4": 121e12, "A10": 125e12, "RTX 4090": 165e12, "RTX 3090": 71e12,
+    "H100 PCIe": 756e12, "H100 NVL": 835e12, "H100": 989e12, "H200": 989e12, "GH200": 989e12, "H800": 989e12,
+    "B200": 2250e12, "A100": 312e12, "A800": 312e12, "L40S": 362e12, "L4": 121e12, "A10": 125e12,
+    "RTX 4090": 165e12, "RTX 3090": 71e12,
 }  # fmt: skip
 
 
@@ -49,8 +52,8 @@ def peak_flops(device: torch.device, precision: str) -> float | None:
     if device.type != "cuda":
         return None
     name = torch.cuda.get_device_name(device)
-    peak = next((value for known, value in PEAK_BF16.items() if known in name), None)
-    if peak is None or precision == "fp32":
+    peak = next((value for known, value in PEAK_BF16.items() if re.search(rf"\b{known}\b", name)), None)
+    if peak is None or precision == "fp32" or "Laptop" in name:
         return None
     return peak / 2 if precision == "tf32" else peak
 

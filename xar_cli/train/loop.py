@@ -8,6 +8,7 @@ from __future__ import annotations
 import time
 from collections.abc import Generator
 from contextlib import closing
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from xar_cli.config.schema import Config, Section
 from xar_cli.data.latents import LatentReader
 from xar_cli.data.loader import LatentLoader
 from xar_cli.data.sharding import SampleStream
-from xar_cli.distributed import TIMEOUT_SECONDS, Ranks, process_group
+from xar_cli.distributed import TIMEOUT_SECONDS, Ranks, pick_device, process_group
 from xar_cli.errors import UserError
 from xar_cli.logs import Progress, log, progress, read_metrics
 from xar_cli.precision import set_matmul_precision
@@ -26,8 +27,18 @@ from xar_cli.run_dir import RunDir
 from xar_cli.train.cost import peak_flops
 from xar_cli.train.draws import draw_mirrored, draw_step
 from xar_cli.train.initial import init_from
-from xar_cli.train.plan import TrainPlan, make_plan
-from xar_cli.train.preflight import batch_limit, first_batch, on_all_ranks
+from xar_cli.train.plan import AUTO, TrainPlan, make_plan
+from xar_cli.train.preflight import (
+    PROBED_DEVICES,
+    batch_limit,
+    estimated_batch,
+    first_batch,
+    memory_of_rank,
+    on_all_ranks,
+    probed_batch,
+    some_passes,
+    with_memory,
+)
 from xar_cli.train.preview import Measure, Preview
 from xar_cli.train.records import Records, check_loggers
 from xar_cli.train.run import check_agreement, check_cache, check_run, cut_metrics, open_run
@@ -84,13 +95,14 @@ def train(settings: TrainSettings) -> dict[str, Any]:
     config, run = settings.config, RunDir(settings.out)
     with (
         process_group(settings.device, settings.timeout) as ranks,
-        LatentReader(settings.data, settings.in_memory) as reader,
+        on_all_ranks(ranks, lambda: LatentReader(settings.data, settings.in_memory)) as reader,
     ):
         on_all_ranks(ranks, lambda: check_cache(reader, config))
         check_agreement(ranks, config, reader)
         ranks.on_main(lambda: check_loggers(config.train.loggers))
         newest = ranks.on_main(lambda: _newest(run))
-        plan = make_plan(config, ranks.world_size, reader.num_samples, _batch_limit(settings, ranks, newest))
+        before = _batch_before(ranks, newest)
+        plan = make_plan(config, ranks.world_size, reader.num_samples, batch_limit(config, ranks, before))
         ranks.on_main(lambda: check_run(settings.out, config, plan.disk_bytes, settings.allow_recipe_change) and None)
         preview = _preview(settings, run, ranks)
 
@@ -102,6 +114,9 @@ def train(settings: TrainSettings) -> dict[str, Any]:
         elif settings.init_from is not None:
             init_from(state, settings.init_from, reader.class_names)
         if state.step < plan.total_steps:
+            if config.train.max_batch_per_rank == AUTO and before is None and ranks.device.type in PROBED_DEVICES:
+                plan = _probed_plan(state, plan, reader, ranks)
+            plan = with_memory(plan, ranks)
             with closing(batches_from(config, plan, reader, ranks, state.step)) as batches:
                 on_all_ranks(ranks, lambda: first_batch(state, plan, batches, ranks))
         ranks.on_main(lambda: open_run(run, config, settings.data, reader, plan.as_dict()))
@@ -110,21 +125,40 @@ def train(settings: TrainSettings) -> dict[str, Any]:
 
 
 def dry_run_plan(
-    config: Config, data: Path | None, out: Path, world_size: int, allow_recipe_change: bool = False
+    config: Config,
+    data: Path | None,
+    out: Path,
+    world_size: int,
+    allow_recipe_change: bool = False,
+    device: str = "auto",
+    ranks_here: int = 1,
 ) -> TrainPlan:
     """The plan of a run, with every check that can be made before it starts; nothing is written.
 
     Without a latent cache the plan is for the number of images that the recipe states, perhaps for another machine:
-    this one's disk is not asked then.
+    this one's disk and memory are not asked then.
+
+    Args:
+        config: the recipe.
+        data: the latent cache.
+        out: the run folder.
+        world_size: ranks in all.
+        allow_recipe_change: as for the run.
+        device: as for the run.
+        ranks_here: ranks of this machine; on a CPU they share its memory.
     """
     check_loggers(config.train.loggers)
     if data is None:
         return make_plan(config, world_size, config.data.num_images)
+    picked = pick_device(device)
+    limit = None
+    if config.train.max_batch_per_rank == AUTO:
+        limit = estimated_batch(config, picked, world_size, ranks_here)
     with LatentReader(data) as reader:
         check_cache(reader, config)
-        plan = make_plan(config, world_size, reader.num_samples)
+        plan = make_plan(config, world_size, reader.num_samples, limit)
     check_run(out, config, plan.disk_bytes, allow_recipe_change)
-    return plan
+    return replace(plan, device_bytes=memory_of_rank(picked, ranks_here))
 
 
 def seconds_per_step(config: Config, data: Path, device: str, watch_seconds: float = 6.0) -> float:
@@ -167,7 +201,7 @@ def _run_steps(
     """Take the remaining steps, logging, looking and saving as the recipe says."""
     config, began = state.config.train, time.monotonic()
     writer = CheckpointWriter(run, config.keep_last, config.keep_every, writes=ranks.is_main)
-    records = Records(run, state.config, state.step, enabled=ranks.is_main)
+    records = on_all_ranks(ranks, lambda: Records(run, state.config, state.step, enabled=ranks.is_main))
     window = Window(ranks, state.model.grouping.lengths)
     steps_per_evaluation = round(config.eval_every * plan.num_images / plan.global_batch_size)
     facts = {"world_size": ranks.world_size, "batch_size_per_rank": plan.batch_size_per_rank}
@@ -294,9 +328,24 @@ def _newest(run: RunDir) -> Checkpoint | None:
     return latest_checkpoint(run) if run.exists() else None
 
 
-def _batch_limit(settings: TrainSettings, ranks: Ranks, newest: Checkpoint | None) -> int:
+def _batch_before(ranks: Ranks, newest: Checkpoint | None) -> int | None:
+    """The batch that the run had until now on as many ranks, or None."""
     same_ranks = newest is not None and newest.state.get("world_size") == ranks.world_size
-    return batch_limit(settings.config, ranks, newest.state["batch_size_per_rank"] if newest and same_ranks else None)
+    return newest.state["batch_size_per_rank"] if newest and same_ranks else None
+
+
+def _probed_plan(state: TrainState, plan: TrainPlan, reader: LatentReader, ranks: Ranks) -> TrainPlan:
+    """The plan with the largest batch that fits, found by trying with what the next step would read."""
+
+    def plan_with(batch: int) -> TrainPlan:
+        return make_plan(state.config, ranks.world_size, reader.num_samples, batch)
+
+    def attempt(batch: int) -> None:
+        trial = plan_with(batch)
+        with closing(batches_from(state.config, trial, reader, ranks, state.step)) as batches:
+            some_passes(state, trial, batches, ranks)
+
+    return plan_with(probed_batch(state, ranks, plan.batch_size_per_rank, attempt))
 
 
 def _preview(settings: TrainSettings, run: RunDir, ranks: Ranks) -> Preview | None:

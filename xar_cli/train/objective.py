@@ -55,7 +55,13 @@ def velocity_loss(
         clean_context: earlier entities are context as they are in the data (teacher forcing); otherwise in their noised
             form (Noisy Context Learning).
     """
-    sizes = torch.tensor(lengths, device=t.device)
-    per_token = torch.repeat_interleave(t, sizes, dim=1, output_size=x.shape[1])[..., None]  # (B, N, 1)
-    velocity = model(noisy_latent(x, noise, per_token), t, labels, context=x if clean_context else None)
+    x_t = noisy_latent(x, noise, per_token(t, lengths)[..., None])
+    velocity = model(x_t, t, labels, context=x if clean_context else None)
     return (velocity.float() - target_velocity(x, noise)).square().mean(-1)
+
+
+def per_token(t: Tensor, lengths: tuple[int, ...]) -> Tensor:
+    """(B, K) -> (B, N), each entity's value for all of its tokens; sizes stay on the host, so no device waits."""
+    if len(set(lengths)) == 1:
+        return t.repeat_interleave(lengths[0], dim=1)
+    return torch.cat([t[:, j : j + 1].expand(-1, length) for j, length in enumerate(lengths)], dim=1)

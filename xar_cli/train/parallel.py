@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
@@ -80,4 +81,9 @@ def gradient_norm(model: nn.Module) -> Tensor:
 def scale_gradients(model: nn.Module, factor: Tensor) -> None:
     """Multiply the gradient by a number that is on the device."""
     grads = [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
-    torch._foreach_mul_([grad.to_local() if hasattr(grad, "to_local") else grad for grad in grads], factor)
+    torch._foreach_mul_([local_part(grad) for grad in grads], factor)
+
+
+def local_part(tensor: Tensor) -> Tensor:
+    """What this rank holds of a tensor that may be sharded."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor

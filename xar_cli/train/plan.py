@@ -41,6 +41,7 @@ class TrainPlan:
         checkpoint_bytes: size of one checkpoint.
         disk_bytes: what the run folder needs at most: the kept checkpoints and one being written.
         flops_per_image: operations of one image's forward and backward pass.
+        device_bytes: memory that one rank has here; None for a plan of another machine.
     """
 
     parameters: int
@@ -57,10 +58,16 @@ class TrainPlan:
     checkpoint_bytes: int
     disk_bytes: int
     flops_per_image: float
+    device_bytes: int | None = None
+
+    @property
+    def fits(self) -> bool | None:
+        """Whether the device's memory suffices by estimate; None where the device is not known."""
+        return None if self.device_bytes is None else self.memory_bytes <= self.device_bytes
 
     def as_dict(self) -> dict[str, Any]:
-        """The plan as JSON-ready values."""
-        return asdict(self)
+        """The plan as JSON-ready values, with `fits`."""
+        return {**asdict(self), "fits": self.fits}
 
 
 def make_plan(config: Config, world_size: int, num_images: int, batch_limit: int | None = None) -> TrainPlan:
@@ -126,6 +133,18 @@ def accumulation_steps(global_batch_size: int, world_size: int, max_batch_per_ra
     return next(a for a in range(1, per_rank + 1) if per_rank % a == 0 and per_rank // a <= max_batch_per_rank)
 
 
+def memory_warning(plan: TrainPlan) -> str | None:
+    """What to do about a batch that does not fit by estimate: a sentence and a next step, or None."""
+    if plan.device_bytes is None or plan.fits:
+        return None
+    smaller = "a lower --max-batch-per-rank, " if plan.batch_size_per_rank > 1 else ""
+    return (
+        f"The batch will probably not fit: about {format_bytes(plan.memory_bytes)} are needed on each rank, "
+        f"{format_bytes(plan.device_bytes)} are there. Try {smaller}--set train.activation_checkpointing=true, "
+        "or --set train.parallel=fsdp on several ranks."
+    )
+
+
 def describe_plan(config: Config, plan: TrainPlan, out: Path) -> list[tuple[str, str]]:
     """The plan as rows of a table for people."""
     made_of = f"{plan.world_size} ranks x {plan.accumulation_steps} accumulation x {plan.batch_size_per_rank} images"
@@ -136,6 +155,7 @@ def describe_plan(config: Config, plan: TrainPlan, out: Path) -> list[tuple[str,
         f"{plan.peak_lr:g} after {plan.warmup_steps:,} steps, "
         f"falling from step {plan.decay_start_step:,} to {train.min_lr:g}"
     )
+    there = "" if plan.device_bytes is None else f" of {format_bytes(plan.device_bytes)}"
     whole = plan.flops_per_image * plan.global_batch_size * plan.total_steps
     rows = [
         ("recipe", f"{config.name}: {config.description}"),
@@ -148,11 +168,14 @@ def describe_plan(config: Config, plan: TrainPlan, out: Path) -> list[tuple[str,
         ("precision", train.precision + (", compiled" if train.compile else "")),
         ("parallel", spread + (", activations recomputed" if train.activation_checkpointing else "")),
         ("work", f"{plan.flops_per_image / 1e9:.0f} GFLOP per image, {whole / 1e18:.3g} EFLOP in all"),
-        ("memory per rank", f"about {format_bytes(plan.memory_bytes)} (estimate)"),
+        ("memory per rank", f"about {format_bytes(plan.memory_bytes)} (estimate){there}"),
         ("checkpoint", f"{format_bytes(plan.checkpoint_bytes)} each, {kept}"),
         ("disk", f"{format_bytes(plan.disk_bytes)} at most"),
         ("written to", str(out)),
     ]
     if config.published and config.published.fid:
         rows.append(("expected result", f"FID {config.published.fid} ({config.published.source})"))
+    warning = memory_warning(plan)
+    if warning is not None:
+        rows.append(("warning", warning))
     return rows

@@ -5,10 +5,13 @@ Files and folders are checked in run.py; here are the device, the batch and one 
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from dataclasses import replace
+from typing import TypeVar
 
 import torch
+from torch import Tensor
 
 from xar_cli.config.schema import Config
 from xar_cli.distributed import Ranks
@@ -16,9 +19,14 @@ from xar_cli.errors import UserError
 from xar_cli.logs import log
 from xar_cli.run_dir import format_bytes
 from xar_cli.train.cost import batch_that_fits, device_bytes
-from xar_cli.train.plan import AUTO, TrainPlan
+from xar_cli.train.plan import AUTO, TrainPlan, memory_warning
+from xar_cli.train.probe import SHARE_OF_DEVICE, find_batch
 from xar_cli.train.state import TrainState
 from xar_cli.train.step import Batches, backward
+
+Value = TypeVar("Value")
+
+PROBED_DEVICES = ("cuda",)  # a CPU has no limit of its own to run into: the machine would swap or kill
 
 
 def batch_limit(config: Config, ranks: Ranks, before: int | None) -> int:
@@ -34,31 +42,71 @@ def batch_limit(config: Config, ranks: Ranks, before: int | None) -> int:
         return int(limit)
     if before is not None:
         return before
-    memory = device_bytes(ranks.device)
-    if ranks.device.type == "cpu":
-        memory //= 2 * max(1, ranks.world_size)  # ranks of one machine share it, and other programs
-    fits = batch_that_fits(config, ranks.world_size, memory)
-    return -ranks.largest(-fits)
+    fits = -ranks.largest(-estimated_batch(config, ranks.device, ranks.world_size, _ranks_here(ranks)))
+    if ranks.device.type not in PROBED_DEVICES:
+        log.info("Batch per rank: at most %d, by estimate (the memory of a CPU is not probed).", fits)
+    return fits
+
+
+def estimated_batch(config: Config, device: torch.device, world_size: int, ranks_here: int) -> int:
+    """Images of one forward pass that the device's memory holds by estimate."""
+    memory = memory_of_rank(device, ranks_here)
+    return batch_that_fits(config, world_size, memory if device.type == "cuda" else memory // 2)
+
+
+def memory_of_rank(device: torch.device, ranks_here: int) -> int:
+    """Bytes that one rank can use: its GPU's, or its share of the machine's."""
+    return device_bytes(device) // (1 if device.type == "cuda" else ranks_here)
+
+
+def with_memory(plan: TrainPlan, ranks: Ranks) -> TrainPlan:
+    """The plan, compared with the memory that is here; where it does not fit by estimate, a warning says so."""
+    plan = replace(plan, device_bytes=memory_of_rank(ranks.device, _ranks_here(ranks)))
+    warning = memory_warning(plan)
+    if warning is not None and ranks.is_main:
+        log.warning("%s", warning)
+    return plan
+
+
+def probed_batch(state: TrainState, ranks: Ranks, start: int, attempt: Callable[[int], None]) -> int:
+    """The largest batch of one forward pass that the memory of every rank holds, found by trying.
+
+    Args:
+        state: of the run; it is left as it was.
+        ranks: all of them call this.
+        start: where to begin, the same on all ranks.
+        attempt: the passes of a step's beginning with a batch, `some_passes`.
+
+    Raises:
+        UserError: not even one image fits (exit code 1).
+    """
+    found = find_batch(state, ranks, start, attempt, SHARE_OF_DEVICE * device_bytes(ranks.device))
+    if found is None:
+        raise _does_not_fit(1)
+    log.info("Batch per rank: %d, found by trying on the device (%d by estimate).", found, start)
+    return found
+
+
+def some_passes(state: TrainState, plan: TrainPlan, batches: Batches, ranks: Ranks) -> Tensor:
+    """The first passes of a step, up to two: in the second one, gradients take their place as well. Gives the loss."""
+    passes = min(2, plan.accumulation_steps)
+    images = passes * plan.batch_size_per_rank * plan.world_size
+    part = replace(plan, accumulation_steps=passes, global_batch_size=images)
+    return backward(state, part, batches, ranks, torch.ones((), device=ranks.device), None)
 
 
 def first_batch(state: TrainState, plan: TrainPlan, batches: Batches, ranks: Ranks) -> None:
-    """One forward and backward pass on real data, whose gradient is thrown away; nothing of the run changes.
+    """A forward and backward pass on real data, whose gradient is thrown away; nothing of the run changes.
 
     Raises:
         UserError: the batch does not fit into the device's memory (exit code 1).
     """
-    one_pass = replace(plan, accumulation_steps=1, global_batch_size=plan.batch_size_per_rank * plan.world_size)
     try:
-        loss = backward(state, one_pass, batches, ranks, torch.ones((), device=ranks.device), None)
+        loss = some_passes(state, plan, batches, ranks)
         state.optimizer.zero_grad(set_to_none=True)
         finite = bool(torch.isfinite(loss))  # the one wait
     except torch.cuda.OutOfMemoryError:
-        raise UserError(
-            f"A forward and backward pass of {plan.batch_size_per_rank} images does not fit into the device's memory.",
-            f"Try --max-batch-per-rank {max(1, plan.batch_size_per_rank // 2)}, "
-            "--set train.activation_checkpointing=true, or --set train.parallel=fsdp.",
-            exit_code=1,
-        ) from None
+        raise _does_not_fit(plan.batch_size_per_rank) from None
     if not finite:
         log.warning(
             "The loss of the first batch is not finite: `xar cache-latents verify` finds Inf and NaN in a cache."
@@ -71,13 +119,29 @@ def first_batch(state: TrainState, plan: TrainPlan, batches: Batches, ranks: Ran
         )  # fmt: skip
 
 
-def on_all_ranks(ranks: Ranks, attempt: Callable[[], None]) -> None:
-    """Try something on every rank; a UserError of any of them is raised on all."""
+def on_all_ranks(ranks: Ranks, attempt: Callable[[], Value]) -> Value:
+    """Try something on every rank and give what it gave here; a UserError of any of them is raised on all."""
+    value: Value | None = None
     fault: UserError | None = None
     try:
-        attempt()
+        value = attempt()
     except UserError as error:
         fault = error
     first = next((found for found in ranks.gather(fault) if found is not None), None)
     if isinstance(first, UserError):
         raise first
+    return value  # type: ignore[return-value]
+
+
+def _ranks_here(ranks: Ranks) -> int:
+    """Ranks of this machine; all of them where the launcher does not say."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE", ranks.world_size))
+
+
+def _does_not_fit(batch: int) -> UserError:
+    smaller = f"--max-batch-per-rank {batch // 2}, " if batch > 1 else ""
+    return UserError(
+        f"A forward and backward pass of {batch} images does not fit into the device's memory.",
+        f"Try {smaller}--set train.activation_checkpointing=true, or --set train.parallel=fsdp on several ranks.",
+        exit_code=1,
+    )

@@ -19,6 +19,7 @@ from xar_cli.errors import UserError
 from xar_cli.evaluate import Settings as Measure
 from xar_cli.evaluate import evaluate
 from xar_cli.evaluate.images import GeneratedImages
+from xar_cli.logs import log
 from xar_cli.model import XAR
 from xar_cli.run_dir import RunDir
 from xar_cli.sample.images import grid_image, to_pil
@@ -73,9 +74,14 @@ class Preview:
         path = self._run.previews / f"step-{step:08d}.png"
         if self._ranks.is_main:
             images = {index: image for part in everyones for index, image in part.items()}
-            path.parent.mkdir(parents=True, exist_ok=True)
             columns = round(count**0.5) or 1
-            grid_image([to_pil(images[index]) for index in range(count)], columns).save(path)
+            picture = grid_image([to_pil(images[index]) for index in range(count)], columns)
+            try:
+                path.parent.mkdir(parents=True, exist_ok=True)
+                picture.save(path)
+            except OSError as error:
+                path.unlink(missing_ok=True)
+                log.error("The preview of step %d could not be written (%s): the run goes on.", step, error)
         return path
 
     def evaluate(self, state: TrainState) -> dict[str, float]:

@@ -61,7 +61,14 @@ class TensorBoard:
 
 
 class WeightsAndBiases:
-    """A run of Weights & Biases with the name of the run folder; going on continues it."""
+    """A run of Weights & Biases with the name of the run folder; going on continues it.
+
+    Its own step counter never goes back and drops what is logged for an earlier step, which is where a run goes on
+    after a kill. So the step is a value like the others, the axis of all charts, and the counter counts records.
+
+    Raises:
+        UserError: it does not start: nobody has logged in, say (exit code 1).
+    """
 
     def __init__(self, run: RunDir, config: Config, first_step: int) -> None:
         import hashlib
@@ -70,18 +77,27 @@ class WeightsAndBiases:
 
         name = run.root.resolve()
         self._wandb = wandb
-        self._run = wandb.init(
-            project="xar", name=name.name, id=hashlib.sha256(str(name).encode()).hexdigest()[:16], resume="allow",
-            dir=str(run.root), config=config.model_dump(mode="json"),
-        )  # fmt: skip
+        try:
+            self._run = wandb.init(
+                project="xar", name=name.name, id=hashlib.sha256(str(name).encode()).hexdigest()[:16], resume="allow",
+                dir=str(run.root), config=config.model_dump(mode="json"), allow_val_change=True,
+            )  # fmt: skip
+        except wandb.Error as error:
+            raise UserError(
+                f"Weights & Biases did not start: {error}",
+                "Run `wandb login`, set WANDB_MODE=offline, or take wandb out of train.loggers.",
+                exit_code=1,
+            ) from None
+        self._run.define_metric("step")
+        self._run.define_metric("*", step_metric="step")
 
     def write(self, step: int, values: dict[str, float]) -> None:
         """Log the values."""
-        self._run.log(values, step=step)
+        self._run.log({**values, "step": step})
 
     def image(self, step: int, path: Path) -> None:
         """Log a picture."""
-        self._run.log({"preview": self._wandb.Image(str(path))}, step=step)
+        self._run.log({"preview": self._wandb.Image(str(path)), "step": step})
 
     def close(self) -> None:
         """Finish the run there."""
@@ -139,18 +155,24 @@ class Records:
         for name, values in record.items():
             if isinstance(values, list):
                 numbers.update({f"{name}/{place}": value for place, value in enumerate(values) if value is not None})
+            elif isinstance(values, dict):
+                numbers.update({f"{name}/{key}": float(value) for key, value in values.items()})
         for logger in self._loggers:
             logger.write(record["step"], numbers)
 
     def bad_step(self, **values: Any) -> None:
-        """Add a line to RUN/skipped_steps.jsonl."""
-        if self._enabled:
+        """Add a line to RUN/skipped_steps.jsonl; on a full disk the line is lost and the run goes on."""
+        if not self._enabled:
+            return
+        try:
             with (self._run.root / "skipped_steps.jsonl").open("a", encoding="utf-8") as file:
                 file.write(json.dumps(values) + "\n")
+        except OSError as error:
+            log.error("A line of skipped_steps.jsonl could not be written (%s): the run goes on.", error)
 
     def image(self, step: int, path: Path) -> None:
-        """Show a picture in the loggers."""
-        for logger in self._loggers if self._enabled else ():
+        """Show a picture in the loggers, if it could be written."""
+        for logger in self._loggers if self._enabled and path.exists() else ():
             logger.image(step, path)
 
     def close(self) -> None:

@@ -1,5 +1,6 @@
 from functools import partial
 
+import pytest
 import torch
 from torch._dynamo.testing import CompileCounter
 
@@ -20,7 +21,7 @@ def forward_and_backward(*overrides):
     generator = torch.Generator().manual_seed(1)
     x = torch.randn(2, 64, 1, generator=generator)
     torch.manual_seed(2)  # dropout
-    out = wrapped(x, torch.rand(2, 4, generator=generator), torch.tensor([1, 2]))
+    out = wrapped(x, torch.rand(2, model.grouping.num_entities, generator=generator), torch.tensor([1, 2]))
     out.square().mean().backward()
     return out.detach(), {name: parameter.grad for name, parameter in model.named_parameters()}
 
@@ -33,12 +34,14 @@ def test_recomputing_activations_changes_nothing():
     assert all(grads_again[name].equal(grad) for name, grad in grads.items())
 
 
-def test_one_graph_serves_all_blocks(monkeypatch):
+@pytest.mark.parametrize("entity", ["{kind: cell, size: 4}", "{kind: token}"])  # token: 64 tokens in one masked call
+def test_one_graph_serves_all_blocks(monkeypatch, entity):
     torch._dynamo.reset()
     counter = CompileCounter()
-    monkeypatch.setattr(parallel.torch, "compile", partial(torch.compile, backend=counter, fullgraph=True))
-    out, _ = forward_and_backward("train.compile=true")
-    plain, _ = forward_and_backward()
+    compile_whole = partial(torch.compile, backend=counter, fullgraph=True)
+    monkeypatch.setattr(parallel.torch, "compile", lambda forward, options: compile_whole(forward))
+    out, _ = forward_and_backward("train.compile=true", f"entity={entity}")
+    plain, _ = forward_and_backward(f"entity={entity}")
     torch.testing.assert_close(out, plain)
     assert counter.frame_count == 1  # 6 blocks
 

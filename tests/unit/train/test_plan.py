@@ -1,9 +1,12 @@
+from dataclasses import replace
+
 import pytest
 
 from tests.runs import small_recipe
 from xar_cli.config import load_recipe
 from xar_cli.errors import UserError
-from xar_cli.train.plan import accumulation_steps, describe_plan, make_plan
+from xar_cli.run_dir import format_bytes
+from xar_cli.train.plan import accumulation_steps, describe_plan, make_plan, memory_warning
 
 IMAGENET = 1_281_167
 
@@ -53,3 +56,38 @@ def test_description_says_how_the_batch_is_made_up(tmp_path):
     assert rows["global batch"].startswith("2048 = 8 ranks x 16 accumulation x 16 images")
     assert "1.24" in rows["expected result"]
     assert str(tmp_path) in rows["written to"]
+
+
+def plan_for(memory, *overrides):
+    config = load_recipe("huge", overrides)
+    return config, replace(make_plan(config, 8, IMAGENET), device_bytes=memory)
+
+
+def test_a_batch_beyond_the_devices_memory_is_told_with_what_to_do(tmp_path):
+    """xAR-H with 128 images a pass."""
+    config, plan = plan_for(80 * 10**9, "train.max_batch_per_rank=128")
+    rows = dict(describe_plan(config, plan, tmp_path))
+    assert plan.as_dict()["fits"] is False
+    assert rows["warning"].startswith("The batch will probably not fit: about ")
+    for word in ("80.0 GB are there", "--max-batch-per-rank", "activation_checkpointing", "fsdp"):
+        assert word in rows["warning"]
+    for larger in (plan.memory_bytes, 2 * plan.memory_bytes):
+        config, plan = plan_for(larger, "train.max_batch_per_rank=128")
+        rows = dict(describe_plan(config, plan, tmp_path))
+        assert plan.fits
+        assert "warning" not in rows
+        assert rows["memory per rank"].endswith(f"of {format_bytes(larger)}")
+
+
+def test_a_plan_of_another_machine_is_the_estimate_alone(tmp_path):
+    config, plan = plan_for(None)
+    assert plan.as_dict()["device_bytes"] is plan.as_dict()["fits"] is None
+    rows = dict(describe_plan(config, plan, tmp_path))
+    assert rows["memory per rank"].endswith("(estimate)")
+    assert "warning" not in rows
+
+
+def test_a_smaller_batch_is_not_advised_where_there_is_none():
+    warning = memory_warning(plan_for(1, "train.max_batch_per_rank=1")[1])
+    assert warning is not None
+    assert "--max-batch-per-rank" not in warning

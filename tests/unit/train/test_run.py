@@ -4,6 +4,7 @@ import pytest
 
 from tests.caches import make_cache, make_layout
 from tests.runs import small_recipe
+from xar_cli import run_dir
 from xar_cli.config import load_config_file
 from xar_cli.data.latents import LatentReader
 from xar_cli.errors import UserError
@@ -130,3 +131,9 @@ def test_metrics_are_cut_back_to_the_checkpoint(run):
     writer.close()
     cut_metrics(run, 4)
     assert [record["step"] for record in read_metrics(run.metrics)] == [1, 2, 3, 4]
+
+
+def test_a_folder_that_cannot_be_written_to(tmp_path, monkeypatch):
+    monkeypatch.setattr(run_dir.os, "access", lambda *_: False)
+    with pytest.raises(UserError, match="Cannot write checkpoints under"):
+        check_run(tmp_path / "run", small_recipe(), 0)

@@ -1,0 +1,186 @@
+"""Where records go: the loggers get every number, also after a run has gone back to a checkpoint."""
+
+import struct
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+from PIL import Image
+
+from tests.caches import make_cache
+from tests.runs import settings, small_recipe
+from xar_cli.errors import UserError
+from xar_cli.logs import log
+from xar_cli.run_dir import RunDir
+from xar_cli.train import loop
+from xar_cli.train.loop import train
+from xar_cli.train.records import Records, WeightsAndBiases
+
+WANDB = ("train.loggers=[wandb]",)
+
+
+class StandIn:
+    """As much of the wandb module as is used, with its rule that the counter of a run never goes back."""
+
+    class Error(Exception):
+        pass
+
+    def __init__(self):
+        self.inits, self.axes, self.history, self.counters, self.open = [], [], [], {}, 0
+
+    def init(self, **how):
+        self.inits.append(how)
+        self.open += 1
+        return self
+
+    def define_metric(self, name, step_metric=None):
+        self.axes.append((name, step_metric))
+
+    def log(self, values, step=None):
+        run = self.inits[-1]["id"]
+        counter = self.counters.get(run, 0)
+        if step is not None and step < counter:
+            return  # as the real one, which only warns
+        self.counters[run] = counter + 1 if step is None else step
+        self.history.append(values)
+
+    def Image(self, path):  # noqa: N802
+        return SimpleNamespace(path=path)
+
+    def finish(self):
+        self.open -= 1
+
+
+@pytest.fixture
+def wandb(monkeypatch):
+    stand_in = StandIn()
+    monkeypatch.setitem(sys.modules, "wandb", stand_in)
+    return stand_in
+
+
+@pytest.fixture
+def data(tmp_path):
+    return make_cache(tmp_path / "latents.h5")
+
+
+def train_killed_at(step, monkeypatch, *arguments):
+    def stop(state, *rest, take_step=loop.take_step):
+        if state.step == step:
+            raise KeyboardInterrupt
+        take_step(state, *rest)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(loop, "take_step", stop)
+        with pytest.raises(KeyboardInterrupt):
+            train(settings(*arguments))
+
+
+def test_a_run_that_goes_back_to_a_checkpoint_is_one_run_there(data, tmp_path, monkeypatch, wandb):
+    """Killed before step 8, with a checkpoint of step 4: steps 5 to 7 are logged twice, and nothing is dropped."""
+    config = small_recipe(*WANDB, "train.preview_every=5", "train.preview_count=4")
+    train_killed_at(7, monkeypatch, config, data, tmp_path / "run")
+    train(settings(config, data, tmp_path / "run"))
+    first, again = wandb.inits
+    assert first == again
+    assert (first["project"], first["name"], first["resume"]) == ("xar", "run", "allow")
+    assert first["config"]["train"]["base_lr"] == 0.03
+    assert ("*", "step") in wandb.axes
+    with_loss = [values["step"] for values in wandb.history if "loss" in values]
+    assert with_loss == [1, 2, 3, 4, 5, 6, 7, 5, 6, 7, 8, 9, 10]
+    pictures = [(values["step"], values["preview"].path) for values in wandb.history if "preview" in values]
+    assert [step for step, _ in pictures] == [5, 5, 10]
+    assert pictures[-1][1].endswith("step-00000010.png")
+    assert wandb.open == 0
+
+
+def test_another_folder_is_another_run_there(tmp_path, wandb):
+    for name in ("a", "b"):
+        WeightsAndBiases(RunDir(tmp_path / name), small_recipe(), 0).close()
+    assert wandb.inits[0]["id"] != wandb.inits[1]["id"]
+
+
+def test_lists_and_evaluations_become_numbers(tmp_path, wandb):
+    records = Records(RunDir(tmp_path / "run"), small_recipe(*WANDB), 0, enabled=True)
+    records.write({"step": 3, "loss": 0.5, "mfu": None, "loss_by_t": [0.1, None, 0.3]})
+    records.write({"step": 3, "evaluation": {"FID (digits, 12 images)": 7.5}})
+    records.close()
+    assert wandb.history[0] == {"step": 3, "loss": 0.5, "loss_by_t/0": 0.1, "loss_by_t/2": 0.3}
+    assert wandb.history[1] == {"step": 3, "evaluation/FID (digits, 12 images)": 7.5}
+
+
+def test_a_full_disk_ends_neither_pictures_nor_the_list_of_skipped_steps(data, tmp_path, monkeypatch, wandb, caplog):
+    def full(*_, **__):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(log, "propagate", True)
+    config = small_recipe(*WANDB, "train.preview_every=5", "train.preview_count=4")
+    with monkeypatch.context() as patch:
+        patch.setattr(Image.Image, "save", full)
+        train(settings(config, data, tmp_path / "run"))
+    assert "The preview of step 5 could not be written" in caplog.text
+    assert not any("preview" in values for values in wandb.history)
+    records = Records(RunDir(tmp_path / "run"), config, 10, enabled=True)
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "open", full)
+        records.bad_step(step=3)
+    assert "A line of skipped_steps.jsonl could not be written" in caplog.text
+    records.close()
+
+
+def test_not_logged_in_is_a_sentence(data, tmp_path, monkeypatch, wandb):
+    def refuse(**_):
+        raise wandb.Error("No API key configured.")
+
+    monkeypatch.setattr(wandb, "init", refuse)
+    with pytest.raises(UserError, match="did not start: No API key configured") as caught:
+        train(settings(small_recipe(*WANDB), data, tmp_path / "run"))
+    assert caught.value.exit_code == 1
+    assert "wandb login" in caught.value.next_step
+
+
+def entries(log):
+    """The entries of a file in LevelDB's log format, which has blocks of 32 KiB; 7 bytes before the first one."""
+    place, parts = 7, []
+    while place + 7 <= len(log):
+        left = 32768 - place % 32768
+        if left < 7:
+            place += left
+            continue
+        _, length, kind = struct.unpack_from("<IHB", log, place)
+        parts.append(log[place + 7 : place + 7 + length])
+        place += 7 + length
+        if kind in (1, 4):  # whole, or the last part
+            yield b"".join(parts)
+            parts = []
+
+
+def test_the_real_wandb_offline(tmp_path, monkeypatch):
+    """What the package writes for a later `wandb sync`: every record, those of an earlier step too."""
+    pytest.importorskip("wandb", reason="the extra xar-cli[wandb] is not installed")
+    from wandb.proto import wandb_internal_pb2
+
+    for name, value in {"MODE": "offline", "SILENT": "true", "CACHE_DIR": str(tmp_path / "cache")}.items():
+        monkeypatch.setenv(f"WANDB_{name}", value)
+    run = RunDir(tmp_path / "run")
+    run.root.mkdir()
+    Image.new("RGB", (4, 4)).save(tmp_path / "preview.png")
+    for steps in ((1, 2, 3), (2, 3, 4)):
+        logger = WeightsAndBiases(run, small_recipe(), steps[0] - 1)
+        for step in steps:
+            logger.write(step, {"loss": 1 / step})
+        logger.image(steps[-1], tmp_path / "preview.png")
+        logger.close()
+    found, ids = [], set()
+    for path in sorted((run.root / "wandb").glob("offline-run-*/run-*.wandb")):
+        for data in entries(path.read_bytes()):
+            record = wandb_internal_pb2.Record()
+            record.ParseFromString(data)
+            if record.HasField("run"):
+                ids.add(record.run.run_id)
+            if record.HasField("history"):
+                items = {item.key or item.nested_key[0]: item.value_json for item in record.history.item}
+                found.append((int(items["step"]), "loss" in items, "preview" in str(items)))
+    assert len(ids) == 1
+    assert [step for step, has_loss, _ in found if has_loss] == [1, 2, 3, 2, 3, 4]
+    assert [step for step, _, has_picture in found if has_picture] == [3, 4]
