@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from xar_cli.model.dropout import attention_with_dropout
 from xar_cli.model.rope import rotate
 
 MIN_UNMASKED_LENGTH = 32  # entities of at least this many tokens get an unmasked call each
@@ -140,9 +141,7 @@ def block_causal_attention(
         mask = None if len(run) == 1 else _kept(block_causal_mask, run, past + start, queries.device)
         seen = slice(0, past + end)
         parts.append(
-            F.scaled_dot_product_attention(
-                queries[:, :, start:end], keys[:, :, seen], values[:, :, seen], attn_mask=mask, dropout_p=dropout
-            )
+            attention_with_dropout(queries[:, :, start:end], keys[:, :, seen], values[:, :, seen], mask, dropout)
         )
         start = end
     return parts[0] if len(parts) == 1 else torch.cat(parts, dim=2)
@@ -180,12 +179,12 @@ def teacher_forcing_attention(
         alone = len(run) == 1
         seen = slice(0, own.start if alone else own.stop)  # of the clean tokens
         parts.append(
-            F.scaled_dot_product_attention(
+            attention_with_dropout(
                 noisy_q[:, :, own],
                 torch.cat([clean_k[:, :, seen], noisy_k[:, :, own]], dim=2),
                 torch.cat([clean_v[:, :, seen], noisy_v[:, :, own]], dim=2),
-                attn_mask=None if alone else _kept(teacher_forcing_mask, run, start, queries.device),
-                dropout_p=dropout,
+                None if alone else _kept(teacher_forcing_mask, run, start, queries.device),
+                dropout,
             )
         )
         start = own.stop

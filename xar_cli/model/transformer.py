@@ -21,6 +21,7 @@ from xar_cli.model.attention import (
     block_causal_attention,
     teacher_forcing_attention,
 )
+from xar_cli.model.dropout import dropout
 from xar_cli.model.entities import build_grouping
 from xar_cli.model.rope import rope_table
 
@@ -204,13 +205,13 @@ class Block(nn.Module):
     ) -> tuple[Tensor, Tensor]:
         """Add attention's `update` (B, N, D): the new hidden states, and what the MLP takes, (B, N, D) each."""
         gate, _, _, scale, _, shift = modulation.chunk(6, dim=-1)
-        h = h + gated(F.dropout(update, self.attention.dropout, self.training), gate, lengths)
+        h = h + gated(dropout(update, self.attention.dropout, self.training), gate, lengths)
         return h, modulate(h, scale, shift, lengths)
 
     def add_mlp(self, h: Tensor, update: Tensor, modulation: Tensor, lengths: tuple[int, ...]) -> Tensor:
         """Add the MLP's `update` (B, N, D) to the hidden states."""
         _, gate, _, _, _, _ = modulation.chunk(6, dim=-1)
-        return h + gated(F.dropout(update, self.mlp.dropout, self.training), gate, lengths)
+        return h + gated(dropout(update, self.mlp.dropout, self.training), gate, lengths)
 
 
 class GatedMLP(nn.Module):
@@ -235,7 +236,7 @@ class GatedMLP(nn.Module):
     def product(self, hidden: Tensor) -> Tensor:
         """GELU(gate) * value, of both side by side: (B, N, 2 M) -> (B, N, M)."""
         gate, value = hidden.chunk(2, dim=-1)
-        return F.dropout(F.gelu(gate) * value, self.dropout, self.training)
+        return dropout(F.gelu(gate) * value, self.dropout, self.training)
 
 
 class RMSNorm(nn.Module):

@@ -48,8 +48,7 @@ def spread(model: XAR, train: TrainConfig, ranks: Ranks) -> nn.Module:
 def compile_blocks(model: XAR) -> None:
     """Compile the blocks: one graph serves all layers. Without a C++ compiler they stay eager on a CPU.
 
-    On a CPU dropout draws from torch's generator, as eager code does: the generated one computes every number by
-    itself, which made the compiled step slower than the plain one.
+    On a CPU they draw from torch's generator, as eager code does: see model/dropout.py.
     """
     on_cpu = model.rope.device.type == "cpu"
     if on_cpu and not any(shutil.which(name) for name in ("g++", "clang++", "c++")):
