@@ -48,14 +48,14 @@ def prepare_network(model: XAR, precision: str, compiled: bool = False, packed: 
     packed = packed and PackedLinear.possible(model.token_proj.weight)
     for block in _blocks(model):
         if packed:
-            _replace(block, PRODUCTS, PackedLinear)
+            replace_parts(block, PRODUCTS, PackedLinear)
         if compiled:
             parts = PARTS_BETWEEN_PRODUCTS if packed else PARTS_AROUND_ATTENTION
-            _replace(block, parts, lambda part: torch.compile(part, dynamic=False))
+            replace_parts(block, parts, lambda part: torch.compile(part, dynamic=False))
     return model
 
 
-def _replace(block: Block, paths: tuple[str, ...], ready: Callable[[Any], Any]) -> None:
+def replace_parts(block: Block, paths: tuple[str, ...], ready: Callable[[Any], Any]) -> None:
     """Put what `ready` makes of each layer or method of a block in its place."""
     for path in paths:
         owner, _, name = path.rpartition(".")

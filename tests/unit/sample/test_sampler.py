@@ -179,16 +179,22 @@ def test_a_packed_layer_gives_the_numbers_of_the_layer(rows):
 @pytest.mark.parametrize(("precision", "tolerance"), [("fp32", 1e-5), ("bf16", 2e-2)])
 def test_packed_weights_give_the_same_images(precision, tolerance):
     plan = plan_for(small_model())
+    packed = prepare_network(small_model(), precision)
+    possible = PackedLinear.possible(packed.token_proj.weight)
+    products = [layer for b in packed.blocks for layer in (b.attention.qkv, b.attention.proj, b.mlp.fc1, b.mlp.fc2)]
+    assert all(isinstance(layer, PackedLinear) == possible for layer in products)
     with autocast(precision, CPU):
         before = draw(prepare_network(small_model(), precision, packed=False), plan)
-        after = draw(prepare_network(small_model(), precision), plan)
+        after = draw(packed, plan)
     assert ((after - before).norm() / before.norm()).item() < tolerance
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
-def test_compiled_blocks_give_the_same_images(precision):
-    plain, compiled = small_model(dim=64), prepare_network(small_model(dim=64), precision, compiled=True)
+@pytest.mark.parametrize("packed", [False, True])  # not packed: as on a GPU
+def test_compiled_blocks_give_the_same_images(precision, packed):
+    plain = small_model(dim=64)
+    compiled = prepare_network(small_model(dim=64), precision, compiled=True, packed=packed)
     plan = plan_for(plain)
     with autocast(precision, CPU):
         expected, found = draw(plain, plan), draw(compiled, plan)

@@ -60,3 +60,12 @@ def test_gradient_norm_and_scaling():
     assert parallel.gradient_norm(model) == 5
     parallel.scale_gradients(model, torch.tensor(0.2))
     assert parallel.gradient_norm(model) == 1
+
+
+@pytest.mark.slow
+def test_compiled_dropout_draws_what_eager_dropout_draws():
+    out, grads = forward_and_backward()
+    compiled, compiled_grads = forward_and_backward("train.compile=true")
+    torch.testing.assert_close(compiled, out, rtol=1e-4, atol=1e-5)
+    for name, grad in grads.items():
+        torch.testing.assert_close(compiled_grads[name], grad, rtol=1e-3, atol=1e-5)
