@@ -155,7 +155,7 @@ class ImageEntity(Section):
 
 
 class SubsampleEntity(Section):
-    """Entity j holds the tokens with (row mod stride, column mod stride) = divmod(j, stride)."""
+    """Entity j holds the tokens with (row mod rows, column mod columns) = divmod(j, columns)."""
 
     kind: Literal["subsample"]
     stride: Sides = Field(description="Distance of an entity's tokens along rows and columns, or [rows, columns].")
