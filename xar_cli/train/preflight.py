@@ -20,7 +20,7 @@ from xar_cli.logs import log
 from xar_cli.run_dir import format_bytes
 from xar_cli.train.cost import batch_that_fits, device_bytes
 from xar_cli.train.plan import AUTO, TrainPlan, memory_warning
-from xar_cli.train.probe import SHARE_OF_DEVICE, find_batch
+from xar_cli.train.probe import SHARE_OF_DEVICE, find_batch, is_out_of_memory
 from xar_cli.train.state import TrainState
 from xar_cli.train.step import Batches, backward
 
@@ -105,7 +105,9 @@ def first_batch(state: TrainState, plan: TrainPlan, batches: Batches, ranks: Ran
         loss = some_passes(state, plan, batches, ranks)
         state.optimizer.zero_grad(set_to_none=True)
         finite = bool(torch.isfinite(loss))  # the one wait
-    except torch.cuda.OutOfMemoryError:
+    except RuntimeError as error:
+        if not is_out_of_memory(error):
+            raise
         raise _does_not_fit(plan.batch_size_per_rank) from None
     if not finite:
         log.warning(

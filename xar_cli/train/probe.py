@@ -105,7 +105,9 @@ def used_by(trial: Trial, batch: int, state: TrainState, device: torch.device) -
 
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether an error says that the device's memory did not suffice; libraries have their own words for it."""
-    return isinstance(error, torch.cuda.OutOfMemoryError) or "ALLOC_FAILED" in str(error)
+    if isinstance(error, torch.cuda.OutOfMemoryError):
+        return True
+    return isinstance(error, RuntimeError) and ("out of memory" in str(error).lower() or "ALLOC_FAILED" in str(error))
 
 
 def missing_optimizer_bytes(state: TrainState) -> int:

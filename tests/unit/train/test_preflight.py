@@ -93,9 +93,17 @@ def test_ranks_of_one_machine_share_its_memory(monkeypatch, local, expected):
     assert preflight.with_memory(plan, Ranks(1, 1, 10, CPU)).device_bytes == expected
 
 
-def test_a_first_batch_that_does_not_fit_ends_the_run_before_anything_is_written(data, tmp_path, monkeypatch):
+OUT_OF_MEMORY = (
+    torch.cuda.OutOfMemoryError("Tried to allocate 20.00 GiB."),
+    RuntimeError("CUDA error: out of memory"),
+    RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling cublasCreate"),
+)
+
+
+@pytest.mark.parametrize("error", OUT_OF_MEMORY)
+def test_a_first_batch_that_does_not_fit_ends_the_run_before_anything_is_written(data, tmp_path, monkeypatch, error):
     def full(*_):
-        raise torch.cuda.OutOfMemoryError("CUDA out of memory.")
+        raise error
 
     monkeypatch.setattr(step_module, "batch_loss", full)
     with pytest.raises(UserError, match="pass of 8 images does not fit") as caught:
@@ -103,6 +111,15 @@ def test_a_first_batch_that_does_not_fit_ends_the_run_before_anything_is_written
     assert caught.value.exit_code == 1
     assert "--max-batch-per-rank 4" in caught.value.next_step
     assert not (tmp_path / "run").exists()
+
+
+def test_another_error_of_the_first_batch_keeps_its_words(data, tmp_path, monkeypatch):
+    def broken(*_):
+        raise RuntimeError("shapes do not match")
+
+    monkeypatch.setattr(step_module, "batch_loss", broken)
+    with pytest.raises(RuntimeError, match="shapes do not match"):
+        train(settings(small_recipe(), data, tmp_path / "run"))
 
 
 def test_a_first_batch_that_is_not_finite_is_told(tmp_path, caplog):
