@@ -8,7 +8,6 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 from dataclasses import replace
-from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -23,8 +22,6 @@ from xar_cli.train.plan import AUTO, TrainPlan, memory_warning
 from xar_cli.train.probe import SHARE_OF_DEVICE, find_batch, is_out_of_memory
 from xar_cli.train.state import TrainState
 from xar_cli.train.step import Batches, backward
-
-Value = TypeVar("Value")
 
 PROBED_DEVICES = ("cuda",)  # a CPU has no limit of its own to run into: the machine would swap or kill
 
@@ -119,20 +116,6 @@ def first_batch(state: TrainState, plan: TrainPlan, batches: Batches, ranks: Ran
             format_bytes(torch.cuda.max_memory_allocated(ranks.device)), format_bytes(plan.memory_bytes),
             format_bytes(device_bytes(ranks.device)),
         )  # fmt: skip
-
-
-def on_all_ranks(ranks: Ranks, attempt: Callable[[], Value]) -> Value:
-    """Try something on every rank and give what it gave here; a UserError of any of them is raised on all."""
-    value: Value | None = None
-    fault: UserError | None = None
-    try:
-        value = attempt()
-    except UserError as error:
-        fault = error
-    first = next((found for found in ranks.gather(fault) if found is not None), None)
-    if isinstance(first, UserError):
-        raise first
-    return value  # type: ignore[return-value]
 
 
 def _ranks_here(ranks: Ranks) -> int:
