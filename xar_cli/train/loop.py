@@ -39,7 +39,7 @@ from xar_cli.train.preflight import (
     with_memory,
 )
 from xar_cli.train.preview import Measure, Preview
-from xar_cli.train.records import Records, check_loggers
+from xar_cli.train.records import Records, check_loggers, check_login
 from xar_cli.train.run import check_agreement, check_cache, check_run, cut_metrics, open_run
 from xar_cli.train.signals import stop_signals
 from xar_cli.train.state import TrainState
@@ -99,6 +99,7 @@ def train(settings: TrainSettings) -> dict[str, Any]:
         ranks.on_all(lambda: check_cache(reader, config))
         check_agreement(ranks, config, reader)
         ranks.on_main(lambda: check_loggers(config.train.loggers))
+        ranks.on_main(lambda: check_login(config.train.loggers))
         newest = ranks.on_main(lambda: _newest(run))
         before = _batch_before(ranks, newest)
         plan = make_plan(config, ranks.world_size, reader.num_samples, batch_limit(config, ranks, before))
