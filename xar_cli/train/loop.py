@@ -40,7 +40,7 @@ from xar_cli.train.preflight import (
 )
 from xar_cli.train.preview import Measure, Preview
 from xar_cli.train.records import Records, check_loggers, check_login
-from xar_cli.train.run import check_agreement, check_cache, check_run, cut_metrics, open_run
+from xar_cli.train.run import check_agreement, check_cache, check_data, check_run, cut_metrics, open_run
 from xar_cli.train.signals import stop_signals
 from xar_cli.train.state import TrainState
 from xar_cli.train.step import take_step
@@ -119,7 +119,9 @@ def train(settings: TrainSettings) -> dict[str, Any]:
             plan = with_memory(plan, ranks)
             with closing(batches_from(config, plan, reader, ranks, state.step)) as batches:
                 ranks.on_all(lambda: first_batch(state, plan, batches, ranks))
-        ranks.on_main(lambda: open_run(run, config, settings.data, reader, plan.as_dict()))
+            ranks.on_main(lambda: open_run(run, config, settings.data, reader, plan.as_dict()))
+        else:
+            ranks.on_main(lambda: check_data(run, reader))  # nothing is left to do, and nothing to take note of
         ranks.on_main(lambda: cut_metrics(run, state.step))
         return _run_steps(state, plan, reader, run, ranks, preview)
 
