@@ -67,7 +67,7 @@ class WeightsAndBiases:
     after a kill. So the step is a value like the others, the axis of all charts, and the counter counts records.
 
     Raises:
-        UserError: it does not start: no network, say (exit code 1). `check_login` has asked for the login before.
+        UserError: it does not start (exit code 1); `check_login` finds most reasons earlier.
     """
 
     def __init__(self, run: RunDir, config: Config, first_step: int) -> None:
@@ -115,12 +115,12 @@ def check_loggers(names: Sequence[str]) -> None:
 
 
 def check_login(names: Sequence[str]) -> None:
-    """Raise a UserError (exit code 1) where a logger wants a login and nobody has logged in; no network is used."""
+    """Raise a UserError (exit code 1) where a logger wants a login and has none, or none that its server takes."""
     if "wandb" in names:
         import wandb
 
         try:
-            wandb.login()  # goes by without a word where WANDB_MODE is offline or disabled
+            wandb.login()  # asks for nothing where WANDB_MODE is offline or disabled
         except wandb.Error as error:
             raise _did_not_start(error) from None
 
