@@ -98,6 +98,19 @@ class Ranks:
             raise fault
         return value  # type: ignore[return-value]
 
+    def on_all(self, compute: Callable[[], Value]) -> Value:
+        """What `compute` gives on this rank; a UserError of any rank is raised on all, that of the lowest."""
+        value: Value | None = None
+        fault: UserError | None = None
+        try:
+            value = compute()
+        except UserError as error:
+            fault = error
+        first = next((found for found in self.gather(fault) if isinstance(found, UserError)), None)
+        if first is not None:
+            raise first
+        return value  # type: ignore[return-value]
+
 
 def whole_tensor(tensor: Tensor) -> Tensor:
     """All of a tensor that may be sharded over the ranks (then every rank must call this)."""

@@ -113,6 +113,9 @@ def join_job(environment: MutableMapping[str, str]) -> bool:
         MASTER_ADDR=environment.get("MASTER_ADDR") or first_host(environment["SLURM_STEP_NODELIST"]),
         MASTER_PORT=environment.get("MASTER_PORT") or str(20000 + job % 20000),
     )
+    tasks = environment.get("SLURM_STEP_TASKS_PER_NODE") or environment.get("SLURM_TASKS_PER_NODE")
+    if tasks:
+        environment["LOCAL_WORLD_SIZE"] = str(largest_count(tasks))
     return True
 
 
@@ -123,6 +126,11 @@ def first_host(nodelist: str) -> str:
         return nodelist.split(",")[0]
     number = rest.split("]")[0].split(",")[0].split("-")[0]
     return prefix + number
+
+
+def largest_count(tasks_per_node: str) -> int:
+    """The most tasks that a node has by Slurm's list of them: '4(x2),3' -> 4; the others are then planned with care."""
+    return max(int(part.partition("(")[0]) for part in tasks_per_node.split(","))
 
 
 def _launch(stage: str, settings: Section, options: LaunchOptions) -> Mapping[str, Any]:
@@ -146,10 +154,11 @@ def _launch(stage: str, settings: Section, options: LaunchOptions) -> Mapping[st
         (folder / SETTINGS_FILE).write_text(settings.model_dump_json(), encoding="utf-8")
         target = f"{type(settings).__module__}:{type(settings).__qualname__}"
         try:
+            config = _launch_config(stage, options)  # first: a mistyped host is told before any waiting
             if options.node_rank:
                 host, _, port = options.rdzv_endpoint.rpartition(":")
                 require_store(host, int(port), options.rdzv_timeout)
-            results = elastic_launch(_launch_config(stage, options), _worker)(stage, target, str(folder))
+            results = elastic_launch(config, _worker)(stage, target, str(folder))
         except ChildFailedError as error:
             _raise_user_error(folder)
             rank, failure = error.get_first_failure()

@@ -31,7 +31,8 @@ def run_jobs(jobs: dict[str, dict], folder: Path, world_size: int = 2, timeout: 
 
     A job is the settings of a run (as `TrainSettings` takes them, config as the overrides of `small_recipe`), and
     maybe `fail_at`, a step at which all ranks raise, `rank_overrides`, more overrides for a rank, `rank_data`, another
-    cache for a rank, and `rank_holds`, the largest batch of a rank whose memory is probed.
+    cache for a rank, and of ranks whose memory is probed `rank_holds`, the largest batch, and `rank_uses`, the share of
+    the machine that each of the first two images of a batch takes, as if more of them took nothing.
     """
     ports = free_ports(len(jobs))
     numbered = {name: {**job, "port": port} for (name, job), port in zip(jobs.items(), ports, strict=True)}
@@ -66,13 +67,14 @@ def _main(path: Path) -> None:
     from tests.runs import settings, small_recipe
     from xar_cli.errors import UserError
     from xar_cli.logs import setup_logs
-    from xar_cli.train import loop
+    from xar_cli.train import loop, probe
     from xar_cli.train import step as step_module
+    from xar_cli.train.cost import device_bytes
 
     torch.set_num_threads(1)
     rank, said = int(os.environ["RANK"]), {}
     setup_logs(rank)
-    take_step, batch_loss = loop.take_step, step_module.batch_loss
+    take_step, batch_loss, peak_bytes, last = loop.take_step, step_module.batch_loss, probe.peak_bytes, [0]
     for name, job in json.loads(path.read_text()).items():
         os.environ["MASTER_PORT"] = str(job["port"])
         overrides = [*job.get("overrides", []), *job.get("rank_overrides", {}).get(str(rank), [])]
@@ -86,12 +88,18 @@ def _main(path: Path) -> None:
 
         holds = job.get("rank_holds", {}).get(str(rank))
 
+        uses = job.get("rank_uses", {}).get(str(rank))
+
+        def used(device, uses=uses):
+            return uses * min(last[-1], 2) * device_bytes(device) if uses else peak_bytes(device)
+
         def loss(model, config, grouping, moments, *rest, holds=holds):
+            last[-1] = moments.shape[0]
             if holds is not None and moments.shape[0] > holds:
                 raise torch.cuda.OutOfMemoryError("out of memory")
             return batch_loss(model, config, grouping, moments, *rest)
 
-        loop.take_step, step_module.batch_loss = step, loss
+        loop.take_step, step_module.batch_loss, probe.peak_bytes = step, loss, used
         loop.PROBED_DEVICES = ("cuda",) if holds is None else ("cpu",)
         data = job.get("rank_data", {}).get(str(rank), job["data"])
         try:

@@ -42,6 +42,16 @@ def test_one_process_runs_here(monkeypatch):
     assert launch.run("tests.unit.test_launch:shout", Message(text="hi"), LaunchOptions()) == {"text": "HI"}
 
 
+def test_a_mistyped_host_is_told_before_any_waiting(monkeypatch):
+    for name in ("OMP_NUM_THREADS", "TORCH_DISABLE_SHARE_RDZV_TCP_STORE"):  # the launcher sets them
+        monkeypatch.setenv(name, "1")
+    monkeypatch.setattr(launch, "join_job", lambda _: False)
+    monkeypatch.setattr(launch, "require_store", lambda *_: pytest.fail("waits for a host that is not there"))
+    options = LaunchOptions(nnodes=2, node_rank=1, rdzv_endpoint="mistyped.invalid:29500")
+    with pytest.raises(UserError, match=r"There is no way from here to mistyped\.invalid:29500"):
+        launch.run("tests.unit.test_launch:shout", Message(text="hi"), options)
+
+
 @pytest.mark.parametrize(
     ("nodelist", "host"),
     [
@@ -72,6 +82,21 @@ def test_a_task_of_srun_joins_as_the_rank_it_is():
     assert environment["LOCAL_RANK"] == "1"
     assert environment["MASTER_ADDR"] == "gpu07"
     assert 20000 <= int(environment["MASTER_PORT"]) < 40000
+
+
+@pytest.mark.parametrize(
+    ("variables", "expected"),
+    [
+        ({"SLURM_TASKS_PER_NODE": "8(x2)"}, "8"),
+        ({"SLURM_TASKS_PER_NODE": "3,4(x2)"}, "4"),
+        ({"SLURM_TASKS_PER_NODE": "12", "SLURM_STEP_TASKS_PER_NODE": "4(x2),3"}, "4"),  # of the step, not of the job
+        ({}, None),
+    ],
+)
+def test_a_task_of_srun_knows_the_ranks_of_its_machine(variables, expected):
+    environment = slurm(**variables)
+    assert join_job(environment)
+    assert environment.get("LOCAL_WORLD_SIZE") == expected
 
 
 def test_an_address_given_by_hand_is_kept():

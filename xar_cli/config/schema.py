@@ -51,6 +51,12 @@ def sides_text(sides: int | Sequence[int]) -> str:
     return f"{height} x {width}"
 
 
+def short_sides_text(sides: int | Sequence[int]) -> str:
+    """Sides for people, one where they are equal: '8', '8 x 12'."""
+    height, width = height_and_width(sides)
+    return str(height) if height == width else sides_text(sides)
+
+
 def pixels_text(sides: int | Sequence[int]) -> str:
     """The size of an image for people: '256 x 256 pixels', '256 x 384 pixels (height x width)'."""
     height, width = height_and_width(sides)
@@ -128,8 +134,7 @@ class CellEntity(Section):
         """Why this entity cannot group a grid, or None."""
         (height, width), (rows, columns) = grid, self.shape
         if height % rows or width % columns:
-            size = self.size if isinstance(self.size, int) else sides_text(self.size)
-            return f"entity.size {size} does not divide the {height} x {width} grid"
+            return f"entity.size {short_sides_text(self.size)} does not divide the {height} x {width} grid"
         return order_misfit(self.order, (height // rows) * (width // columns))
 
 
@@ -155,7 +160,7 @@ class ImageEntity(Section):
 
 
 class SubsampleEntity(Section):
-    """Entity j holds the tokens with (row mod stride, column mod stride) = divmod(j, stride)."""
+    """Entity j holds the tokens with (row mod rows, column mod columns) = divmod(j, columns)."""
 
     kind: Literal["subsample"]
     stride: Sides = Field(description="Distance of an entity's tokens along rows and columns, or [rows, columns].")
@@ -170,8 +175,7 @@ class SubsampleEntity(Section):
         """Why this entity cannot group a grid, or None."""
         (height, width), (rows, columns) = grid, self.strides
         if height % rows or width % columns:
-            stride = self.stride if isinstance(self.stride, int) else sides_text(self.stride)
-            return f"entity.stride {stride} does not divide the {sides_text(grid)} grid"
+            return f"entity.stride {short_sides_text(self.stride)} does not divide the {sides_text(grid)} grid"
         return order_misfit(self.order, rows * columns)
 
 
@@ -414,11 +418,10 @@ class Config(Section):
 
     @model_validator(mode="after")
     def _check(self) -> Config:
-        size = self.data.image_size
         for side in self.data.image_shape:
             if side % self.stride:
-                which = str(size) if isinstance(size, int) else f"{list(size)}: {side}"
-                raise ValueError(f"data.image_size {which} is not a multiple of the tokenizer's {self.stride} pixels")
+                stated = f"data.image_size {short_sides_text(self.data.image_size)}"
+                raise ValueError(f"{stated}: {side} is not a multiple of the tokenizer's {self.stride} pixels")
         if self.tokenizer.kind == "kl16" and self.data.image_channels != 3:
             raise ValueError("tokenizer kl16 needs data.image_channels: 3")
         misfit = self.entity.misfit(self.grid)

@@ -6,7 +6,8 @@ Legend: B batch, C channels, H and W the latent grid, N tokens of the sequence, 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -48,6 +49,12 @@ class Grouping:
         """The place of one entity's tokens in the sequence."""
         end = self.ends[entity]
         return slice(end - self.lengths[entity], end)
+
+    def to(self, device: torch.device) -> Grouping:
+        """The grouping whose tensors lie where they are used: fetching them in every step would make the host wait."""
+        values = {field.name: getattr(self, field.name) for field in fields(self)}
+        moved: dict[str, Any] = {name: value.to(device) for name, value in values.items() if isinstance(value, Tensor)}
+        return replace(self, **moved)
 
     def to_tokens(self, latents: Tensor) -> Tensor:
         """(B, C, H, W) -> (B, N, C), entity after entity."""

@@ -1,7 +1,7 @@
-"""The KL-16 autoencoder of MAR (SPEC section 1): an image <-> moments on the grid of its 16 x 16 pixels.
+"""The KL-16 autoencoder of MAR: an image <-> moments on a grid with one position for each 16 x 16 pixels.
 
-Owns the architecture, under the names of the published `kl16.ckpt`, and the reading of its files. Latent
-scaling and uint8 are not here: codec.py owns them.
+SPEC section 1. Owns the architecture, under the names of the published `kl16.ckpt`, and the reading of its files.
+Latent scaling and uint8 are not here: codec.py owns them.
 
 Shapes: B batch, C width of a level, Z = 16 latent channels, S image side, H = W = S / 16. They are written for
 a square image; each axis goes by itself, so that a rectangle of multiples of 16 works alike.

@@ -64,6 +64,9 @@ def activation_bytes(config: Config, model: XAR) -> int:
     Per token and block, in values of the compute dtype: the residual stream twice (in float32), the two modulated
     inputs, q, k, v, the attention output and its projection, and three hidden rows of the MLP. With activation
     checkpointing: the input of every block, and one block in full.
+
+    Attention counts as a fused kernel, which keeps no weights. With dropout on a CPU they are kept, by head over all
+    pairs of tokens (`attention_with_dropout`: softmax in float32, mask, weights), and are not counted here.
     """
     size = 2 if config.train.precision in ("bf16", "fp16") else FLOAT_BYTES
     dim, hidden = config.model.dim, config.model.mlp_hidden

@@ -34,14 +34,13 @@ from xar_cli.train.preflight import (
     estimated_batch,
     first_batch,
     memory_of_rank,
-    on_all_ranks,
     probed_batch,
     some_passes,
     with_memory,
 )
 from xar_cli.train.preview import Measure, Preview
-from xar_cli.train.records import Records, check_loggers
-from xar_cli.train.run import check_agreement, check_cache, check_run, cut_metrics, open_run
+from xar_cli.train.records import Records, check_loggers, check_login
+from xar_cli.train.run import check_agreement, check_cache, check_data, check_run, cut_metrics, open_run
 from xar_cli.train.signals import stop_signals
 from xar_cli.train.state import TrainState
 from xar_cli.train.step import take_step
@@ -95,11 +94,12 @@ def train(settings: TrainSettings) -> dict[str, Any]:
     config, run = settings.config, RunDir(settings.out)
     with (
         process_group(settings.device, settings.timeout) as ranks,
-        on_all_ranks(ranks, lambda: LatentReader(settings.data, settings.in_memory)) as reader,
+        ranks.on_all(lambda: LatentReader(settings.data, settings.in_memory)) as reader,
     ):
-        on_all_ranks(ranks, lambda: check_cache(reader, config))
+        ranks.on_all(lambda: check_cache(reader, config))
         check_agreement(ranks, config, reader)
         ranks.on_main(lambda: check_loggers(config.train.loggers))
+        ranks.on_main(lambda: check_login(config.train.loggers))
         newest = ranks.on_main(lambda: _newest(run))
         before = _batch_before(ranks, newest)
         plan = make_plan(config, ranks.world_size, reader.num_samples, batch_limit(config, ranks, before))
@@ -118,8 +118,10 @@ def train(settings: TrainSettings) -> dict[str, Any]:
                 plan = _probed_plan(state, plan, reader, ranks)
             plan = with_memory(plan, ranks)
             with closing(batches_from(config, plan, reader, ranks, state.step)) as batches:
-                on_all_ranks(ranks, lambda: first_batch(state, plan, batches, ranks))
-        ranks.on_main(lambda: open_run(run, config, settings.data, reader, plan.as_dict()))
+                ranks.on_all(lambda: first_batch(state, plan, batches, ranks))
+            ranks.on_main(lambda: open_run(run, config, settings.data, reader, plan.as_dict()))
+        else:
+            ranks.on_main(lambda: check_data(run, reader))  # nothing is left to do, and nothing to take note of
         ranks.on_main(lambda: cut_metrics(run, state.step))
         return _run_steps(state, plan, reader, run, ranks, preview)
 
@@ -201,7 +203,7 @@ def _run_steps(
     """Take the remaining steps, logging, looking and saving as the recipe says."""
     config, began = state.config.train, time.monotonic()
     writer = CheckpointWriter(run, config.keep_last, config.keep_every, writes=ranks.is_main)
-    records = on_all_ranks(ranks, lambda: Records(run, state.config, state.step, enabled=ranks.is_main))
+    records = ranks.on_all(lambda: Records(run, state.config, state.step, enabled=ranks.is_main))
     window = Window(ranks, state.model.grouping.lengths)
     steps_per_evaluation = round(config.eval_every * plan.num_images / plan.global_batch_size)
     facts = {"world_size": ranks.world_size, "batch_size_per_rank": plan.batch_size_per_rank}

@@ -8,7 +8,6 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 from dataclasses import replace
-from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -20,11 +19,9 @@ from xar_cli.logs import log
 from xar_cli.run_dir import format_bytes
 from xar_cli.train.cost import batch_that_fits, device_bytes
 from xar_cli.train.plan import AUTO, TrainPlan, memory_warning
-from xar_cli.train.probe import SHARE_OF_DEVICE, find_batch
+from xar_cli.train.probe import find_batch, is_out_of_memory, is_sharded, share_of_device
 from xar_cli.train.state import TrainState
 from xar_cli.train.step import Batches, backward
-
-Value = TypeVar("Value")
 
 PROBED_DEVICES = ("cuda",)  # a CPU has no limit of its own to run into: the machine would swap or kill
 
@@ -80,9 +77,9 @@ def probed_batch(state: TrainState, ranks: Ranks, start: int, attempt: Callable[
     Raises:
         UserError: not even one image fits (exit code 1).
     """
-    found = find_batch(state, ranks, start, attempt, SHARE_OF_DEVICE * device_bytes(ranks.device))
+    found = find_batch(state, ranks, start, attempt, share_of_device(state, ranks) * device_bytes(ranks.device))
     if found is None:
-        raise _does_not_fit(1)
+        raise _does_not_fit(1, "")
     log.info("Batch per rank: %d, found by trying on the device (%d by estimate).", found, start)
     return found
 
@@ -105,8 +102,14 @@ def first_batch(state: TrainState, plan: TrainPlan, batches: Batches, ranks: Ran
         loss = some_passes(state, plan, batches, ranks)
         state.optimizer.zero_grad(set_to_none=True)
         finite = bool(torch.isfinite(loss))  # the one wait
-    except torch.cuda.OutOfMemoryError:
-        raise _does_not_fit(plan.batch_size_per_rank) from None
+    except RuntimeError as error:
+        if not is_out_of_memory(error):
+            raise
+        chosen = ", which auto chose," if state.config.train.max_batch_per_rank == AUTO else ""
+        fault = _does_not_fit(plan.batch_size_per_rank, chosen)
+        if is_sharded(state, ranks):  # the others may wait for this rank inside the pass until their time is up
+            log.error("%s", fault)
+        raise fault from None
     if not finite:
         log.warning(
             "The loss of the first batch is not finite: `xar cache-latents verify` finds Inf and NaN in a cache."
@@ -119,29 +122,15 @@ def first_batch(state: TrainState, plan: TrainPlan, batches: Batches, ranks: Ran
         )  # fmt: skip
 
 
-def on_all_ranks(ranks: Ranks, attempt: Callable[[], Value]) -> Value:
-    """Try something on every rank and give what it gave here; a UserError of any of them is raised on all."""
-    value: Value | None = None
-    fault: UserError | None = None
-    try:
-        value = attempt()
-    except UserError as error:
-        fault = error
-    first = next((found for found in ranks.gather(fault) if found is not None), None)
-    if isinstance(first, UserError):
-        raise first
-    return value  # type: ignore[return-value]
-
-
 def _ranks_here(ranks: Ranks) -> int:
     """Ranks of this machine; all of them where the launcher does not say."""
     return int(os.environ.get("LOCAL_WORLD_SIZE", ranks.world_size))
 
 
-def _does_not_fit(batch: int) -> UserError:
+def _does_not_fit(batch: int, chosen: str) -> UserError:
     smaller = f"--max-batch-per-rank {batch // 2}, " if batch > 1 else ""
     return UserError(
-        f"A forward and backward pass of {batch} images does not fit into the device's memory.",
+        f"A forward and backward pass of {batch} images{chosen} does not fit into the device's memory.",
         f"Try {smaller}--set train.activation_checkpointing=true, or --set train.parallel=fsdp on several ranks.",
         exit_code=1,
     )

@@ -18,6 +18,7 @@ from xar_cli.train.parallel import local_part, synchronised
 from xar_cli.train.state import TrainState
 
 SHARE_OF_DEVICE = 0.9  # what may be used at most; the rest is for fragments, previews, other programs
+SHARE_BY_LINE = 0.8  # where that is not measured, but follows from smaller batches
 
 Trial = Callable[[int], None]  # the passes of a step with this batch; raises OutOfMemoryError where it does not fit
 
@@ -64,7 +65,7 @@ def find_batch(state: TrainState, ranks: Ranks, start: int, trial: Trial, budget
     def measure(batch: int) -> float:
         return used_by(trial, batch, state, ranks.device)
 
-    if state.config.train.parallel == "fsdp" and ranks.world_size > 1 and len(candidates) > 1:
+    if is_sharded(state, ranks) and len(candidates) > 1:
         estimate = line_through(candidates[0], candidates[1], measure)
     else:
         estimate = measure
@@ -73,6 +74,16 @@ def find_batch(state: TrainState, ranks: Ranks, start: int, trial: Trial, budget
         return not ranks.largest(int(not estimate(batch) <= budget))  # what is no number does not fit
 
     return largest_that_fits(candidates, start, fits)
+
+
+def is_sharded(state: TrainState, ranks: Ranks) -> bool:
+    """Whether the ranks hold shards of one model, and so meet inside every pass."""
+    return state.config.train.parallel == "fsdp" and ranks.world_size > 1
+
+
+def share_of_device(state: TrainState, ranks: Ranks) -> float:
+    """The part of a device's memory that a batch which `find_batch` finds may use."""
+    return SHARE_BY_LINE if is_sharded(state, ranks) else SHARE_OF_DEVICE
 
 
 def line_through(first: int, second: int, measure: Callable[[int], float]) -> Callable[[int], float]:
@@ -105,7 +116,9 @@ def used_by(trial: Trial, batch: int, state: TrainState, device: torch.device) -
 
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether an error says that the device's memory did not suffice; libraries have their own words for it."""
-    return isinstance(error, torch.cuda.OutOfMemoryError) or "ALLOC_FAILED" in str(error)
+    if isinstance(error, torch.cuda.OutOfMemoryError):
+        return True
+    return isinstance(error, RuntimeError) and ("out of memory" in str(error).lower() or "ALLOC_FAILED" in str(error))
 
 
 def missing_optimizer_bytes(state: TrainState) -> int:

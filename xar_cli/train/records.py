@@ -9,7 +9,7 @@ import importlib
 import json
 import time
 from collections.abc import Callable, Sequence
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -67,7 +67,7 @@ class WeightsAndBiases:
     after a kill. So the step is a value like the others, the axis of all charts, and the counter counts records.
 
     Raises:
-        UserError: it does not start: nobody has logged in, say (exit code 1).
+        UserError: it does not start (exit code 1); `check_login` finds most reasons earlier.
     """
 
     def __init__(self, run: RunDir, config: Config, first_step: int) -> None:
@@ -83,11 +83,7 @@ class WeightsAndBiases:
                 dir=str(run.root), config=config.model_dump(mode="json"), allow_val_change=True,
             )  # fmt: skip
         except wandb.Error as error:
-            raise UserError(
-                f"Weights & Biases did not start: {error}",
-                "Run `wandb login`, set WANDB_MODE=offline, or take wandb out of train.loggers.",
-                exit_code=1,
-            ) from None
+            raise _did_not_start(error) from None
         self._run.define_metric("step")
         self._run.define_metric("*", step_metric="step")
 
@@ -118,6 +114,25 @@ def check_loggers(names: Sequence[str]) -> None:
             ) from None
 
 
+def check_login(names: Sequence[str]) -> None:
+    """Raise a UserError (exit code 1) where a logger wants a login and has none, or none that its server takes."""
+    if "wandb" in names:
+        import wandb
+
+        try:
+            wandb.login()  # asks for nothing where WANDB_MODE is offline or disabled
+        except wandb.Error as error:
+            raise _did_not_start(error) from None
+
+
+def _did_not_start(error: Exception) -> UserError:
+    return UserError(
+        f"Weights & Biases did not start: {error}",
+        "Run `wandb login`, set WANDB_MODE=offline, or take wandb out of train.loggers.",
+        exit_code=1,
+    )
+
+
 class Records:
     """Writes the records of one run.
 
@@ -133,8 +148,13 @@ class Records:
         self._waiting: list[dict[str, Any]] = []
         self._told = False  # that the disk is full
         if enabled:
-            self._metrics = MetricsWriter(run.metrics)
-            self._loggers: list[Logger] = [LOGGERS[name](run, config, first_step) for name in config.train.loggers]
+            self._loggers: list[Logger] = []
+            with ExitStack() as opened:  # closed again where one of them fails
+                self._metrics = MetricsWriter(run.metrics)
+                opened.callback(self.close)
+                for name in config.train.loggers:
+                    self._loggers.append(LOGGERS[name](run, config, first_step))
+                opened.pop_all()
 
     def write(self, record: dict[str, Any]) -> None:
         """Add one record; it holds at least `step`."""

@@ -64,6 +64,16 @@ def check_run(out: Path, config: Config, needed_bytes: int, allow_change: bool =
     return run
 
 
+def check_data(run: RunDir, reader: LatentReader) -> None:
+    """Raise a UserError where a run was made with another latent cache."""
+    identity = json.loads(run.identity.read_text(encoding="utf-8"))
+    if identity["data_hash"] != reader.content_hash:
+        raise UserError(
+            f"The run '{run.root}' was made with another latent cache, '{identity['data']}'.",
+            "Give that cache with --data, or another --out.",
+        )
+
+
 def open_run(run: RunDir, config: Config, data: Path, reader: LatentReader, plan: Mapping[str, Any]) -> None:
     """Create the run folder, or take note in the one there that its recipe has changed.
 
@@ -83,12 +93,8 @@ def open_run(run: RunDir, config: Config, data: Path, reader: LatentReader, plan
         write_json(run.identity, identity)
         write_atomic(run.config, dump_config(config))
         return
+    check_data(run, reader)
     identity = json.loads(run.identity.read_text(encoding="utf-8"))
-    if identity["data_hash"] != reader.content_hash:
-        raise UserError(
-            f"The run '{run.root}' was made with another latent cache, '{identity['data']}'.",
-            "Give that cache with --data, or another --out.",
-        )
     differences = config_differences(load_config_file(run.config), config)
     if differences or identity.get("plan") != dict(plan):
         changes = [*identity.get("changes", []), *([list(differences.values())] if differences else [])]

@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields, replace
-from typing import Any
+from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from xar_cli.checkpoint import Checkpoint, TensorGroups
 from xar_cli.config.schema import Config
 from xar_cli.distributed import Ranks, assign
 from xar_cli.model import XAR
-from xar_cli.model.entities import Grouping
 from xar_cli.model.transformer import init_weights
 from xar_cli.train.ema import WeightAverages, ema_group
 from xar_cli.train.loss_scale import LossScale
@@ -53,7 +51,7 @@ class TrainState:
         model = XAR(config)
         init_weights(model, torch.Generator().manual_seed(config.train.seed))
         model.to(device).train()
-        model.grouping = on_device(model.grouping, device)
+        model.grouping = model.grouping.to(device)
         wrapped = spread(model, config.train, ranks) if ranks else model
         return cls(
             config,
@@ -83,10 +81,3 @@ class TrainState:
         if self.loss_scale and _LOSS_SCALE in checkpoint.groups:  # absent where the precision was changed
             self.loss_scale.load(checkpoint.tensors(_LOSS_SCALE))
         self.step = checkpoint.step
-
-
-def on_device(grouping: Grouping, device: torch.device) -> Grouping:
-    """A grouping whose tensors lie where they are used: fetching them in every step would make the host wait."""
-    values = {field.name: getattr(grouping, field.name) for field in fields(grouping)}
-    moved: dict[str, Any] = {name: value.to(device) for name, value in values.items() if isinstance(value, Tensor)}
-    return replace(grouping, **moved)

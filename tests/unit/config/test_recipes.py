@@ -79,8 +79,8 @@ def test_all_faults_are_reported_at_once_each_with_the_nearest_key():
     [
         (["entity.size=7"], "entity.size 7 does not divide the 16 x 16 grid"),
         (["model.heads=7"], "must be a whole multiple of 4"),
-        (["data.image_size=250"], "not a multiple of the tokenizer's 16 pixels"),
-        (["data.image_size=[256, 250]"], "data.image_size [256, 250]: 250 is not a multiple of the tokenizer's 16"),
+        (["data.image_size=250"], "data.image_size 250: 250 is not a multiple of the tokenizer's 16 pixels"),
+        (["data.image_size=[256, 250]"], "data.image_size 256 x 250: 250 is not a multiple of the tokenizer's 16"),
         (["data.image_size=[256, 384, 3]"], "data.image_size: must be a whole number above 0, the side of a square"),
         (["data.image_size=[0, 256]"], "or two of them, [height, width] (got [0, 256])"),
         (["data.image_size=0"], "data.image_size: must be a whole number above 0"),
@@ -90,6 +90,7 @@ def test_all_faults_are_reported_at_once_each_with_the_nearest_key():
         (["train.decay_start_fraction=0.1"], "must not lie before warmup_fraction"),
         (["train.ema_decays=[1.0]"], "must lie in"),
         (["entity={kind: subsample, stride: 3}"], "entity.stride 3 does not divide"),
+        (["entity={kind: subsample, stride: [2, 3]}"], "entity.stride 2 x 3 does not divide the 16 x 16 grid"),
         (["entity={kind: scale, sizes: [1, 2, 8]}"], "is not the 16 x 16 grid"),
         (["entity={kind: scale, sizes: [1, 3, 16]}"], "each must divide the last"),
         (["entity={kind: scale, sizes: [4, 4, 16]}"], "must rise"),

@@ -1,8 +1,11 @@
 """One process: the run goes on bit for bit, and bad input is a sentence."""
 
+import json
+
 import pytest
 import torch
 
+from tests import caches
 from tests.caches import make_cache
 from tests.runs import final_tensors, losses, settings, small_recipe
 from xar_cli.errors import UserError
@@ -68,10 +71,18 @@ def test_accumulation_does_not_change_the_losses(data, tmp_path):
 
 
 def test_a_finished_run_stays_as_it_is(whole, data):
-    before = final_tensors(whole)
+    before, identity = final_tensors(whole), (whole / "run.json").read_text()
+    assert json.loads(identity)["plan"]["device_bytes"] > 0
     result = train(settings(small_recipe(), data, whole))
     assert result["steps"] == 10
     assert all(tensor.equal(before[name]) for name, tensor in final_tensors(whole).items())
+    assert (whole / "run.json").read_text() == identity
+
+
+def test_a_finished_run_is_not_taken_for_one_of_another_cache(whole, tmp_path, monkeypatch):
+    monkeypatch.setattr(caches, "LABELS", caches.LABELS[::-1].copy())
+    with pytest.raises(UserError, match="made with another latent cache"):
+        train(settings(small_recipe(), make_cache(tmp_path / "other.h5"), whole))
 
 
 def test_a_missing_cache_writes_nothing(tmp_path):

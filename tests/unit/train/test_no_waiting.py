@@ -17,7 +17,7 @@ from xar_cli.model.entities import build_grouping
 from xar_cli.train import step as step_module
 from xar_cli.train.objective import per_token
 from xar_cli.train.plan import make_plan
-from xar_cli.train.state import TrainState, on_device
+from xar_cli.train.state import TrainState
 from xar_cli.train.step import take_step
 from xar_cli.train.window import Window
 
@@ -97,7 +97,7 @@ def test_timesteps_per_token(lengths):
 @pytest.mark.parametrize("entity", ["{kind: cell, size: 4}", "{kind: scale, sizes: [2, 4, 8]}"])
 def test_the_grouping_lies_on_the_device(entity):
     config = small_recipe(f"entity={entity}")
-    moved = on_device(build_grouping(config.entity, config.grid), torch.device("meta"))
+    moved = build_grouping(config.entity, config.grid).to(torch.device("meta"))
     tensors = [value for value in vars(moved).values() if isinstance(value, torch.Tensor)]
     assert tensors
     assert all(tensor.is_meta for tensor in tensors)

@@ -19,6 +19,7 @@ from xar_cli.logs import log
 from xar_cli.train import loop, preflight
 from xar_cli.train import step as step_module
 from xar_cli.train.loop import train
+from xar_cli.train.state import TrainState
 
 CPU = torch.device("cpu")
 
@@ -93,9 +94,17 @@ def test_ranks_of_one_machine_share_its_memory(monkeypatch, local, expected):
     assert preflight.with_memory(plan, Ranks(1, 1, 10, CPU)).device_bytes == expected
 
 
-def test_a_first_batch_that_does_not_fit_ends_the_run_before_anything_is_written(data, tmp_path, monkeypatch):
+OUT_OF_MEMORY = (
+    torch.cuda.OutOfMemoryError("Tried to allocate 20.00 GiB."),
+    RuntimeError("CUDA error: out of memory"),
+    RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling cublasCreate"),
+)
+
+
+@pytest.mark.parametrize("error", OUT_OF_MEMORY)
+def test_a_first_batch_that_does_not_fit_ends_the_run_before_anything_is_written(data, tmp_path, monkeypatch, error):
     def full(*_):
-        raise torch.cuda.OutOfMemoryError("CUDA out of memory.")
+        raise error
 
     monkeypatch.setattr(step_module, "batch_loss", full)
     with pytest.raises(UserError, match="pass of 8 images does not fit") as caught:
@@ -103,6 +112,41 @@ def test_a_first_batch_that_does_not_fit_ends_the_run_before_anything_is_written
     assert caught.value.exit_code == 1
     assert "--max-batch-per-rank 4" in caught.value.next_step
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
+def test_a_batch_that_auto_chose_and_does_not_fit_is_told_with_a_smaller_one(data, monkeypatch, caplog, parallel):
+    """Sharded ranks meet inside the pass: the one that fails says so before it waits for the others."""
+
+    def full(*_):
+        raise torch.cuda.OutOfMemoryError("CUDA out of memory.")
+
+    monkeypatch.setattr(preflight, "some_passes", full)
+    config, ranks = small_recipe("train.max_batch_per_rank=auto", f"train.parallel={parallel}"), Ranks(1, 1, 2, CPU)
+    state, plan = TrainState.fresh(config, CPU), loop.make_plan(config, 2, N)
+    with pytest.raises(UserError, match="pass of 4 images, which auto chose, does not fit") as caught:
+        preflight.first_batch(state, plan, iter(()), ranks)
+    assert caught.value.next_step.startswith("Try --max-batch-per-rank 2, ")
+    assert ("which auto chose" in caplog.text) == ("--max-batch-per-rank 2" in caplog.text) == (parallel == "fsdp")
+
+
+@pytest.mark.parametrize(("parallel", "world_size", "share"), [("ddp", 2, 0.9), ("fsdp", 1, 0.9), ("fsdp", 2, 0.8)])
+def test_a_batch_that_is_not_tried_leaves_more_room(monkeypatch, parallel, world_size, share):
+    budgets = []
+    monkeypatch.setattr(preflight, "device_bytes", lambda device: 1000)
+    monkeypatch.setattr(preflight, "find_batch", lambda *arguments: budgets.append(arguments[-1]) or 4)
+    state = TrainState.fresh(small_recipe(f"train.parallel={parallel}"), CPU)
+    assert preflight.probed_batch(state, Ranks(0, 0, world_size, CPU), 8, lambda batch: None) == 4
+    assert budgets == [share * 1000]
+
+
+def test_another_error_of_the_first_batch_keeps_its_words(data, tmp_path, monkeypatch):
+    def broken(*_):
+        raise RuntimeError("shapes do not match")
+
+    monkeypatch.setattr(step_module, "batch_loss", broken)
+    with pytest.raises(RuntimeError, match="shapes do not match"):
+        train(settings(small_recipe(), data, tmp_path / "run"))
 
 
 def test_a_first_batch_that_is_not_finite_is_told(tmp_path, caplog):

@@ -153,7 +153,7 @@ def test_the_code_that_stays_is_compiled_for_one_batch(monkeypatch):
 
     dynamic = []
 
-    def backend(graph, inputs):
+    def backend(graph, inputs, options=None):
         dynamic.append(any(isinstance(value, torch.SymInt) for value in inputs))
         return graph.forward
 

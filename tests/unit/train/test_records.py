@@ -29,6 +29,9 @@ class StandIn:
     def __init__(self):
         self.inits, self.axes, self.history, self.counters, self.open = [], [], [], {}, 0
 
+    def login(self):
+        return True
+
     def init(self, **how):
         self.inits.append(how)
         self.open += 1
@@ -128,15 +131,37 @@ def test_a_full_disk_ends_neither_pictures_nor_the_list_of_skipped_steps(data, t
     records.close()
 
 
-def test_not_logged_in_is_a_sentence(data, tmp_path, monkeypatch, wandb):
+@pytest.mark.parametrize("call", ["login", "init"])
+def test_what_weights_and_biases_refuses_is_a_sentence(data, tmp_path, monkeypatch, wandb, call):
     def refuse(**_):
         raise wandb.Error("No API key configured.")
 
-    monkeypatch.setattr(wandb, "init", refuse)
+    monkeypatch.setattr(wandb, call, refuse)
     with pytest.raises(UserError, match="did not start: No API key configured") as caught:
         train(settings(small_recipe(*WANDB), data, tmp_path / "run"))
     assert caught.value.exit_code == 1
     assert "wandb login" in caught.value.next_step
+    assert (tmp_path / "run").exists() == (call == "init")  # a login that is missing is found before
+
+
+def test_a_logger_that_does_not_open_closes_the_others(tmp_path, monkeypatch):
+    open_there = []
+
+    class Other:
+        def __init__(self, *_):
+            open_there.append(self)
+
+        def close(self):
+            open_there.remove(self)
+
+    def refuse(*_):
+        assert open_there
+        raise UserError("Not today.", "Ask tomorrow.")
+
+    monkeypatch.setattr("xar_cli.train.records.LOGGERS", {"tensorboard": Other, "wandb": refuse})
+    with pytest.raises(UserError, match="Not today"):
+        Records(RunDir(tmp_path / "run"), small_recipe("train.loggers=[tensorboard, wandb]"), 0, enabled=True)
+    assert not open_there
 
 
 def entries(log):
