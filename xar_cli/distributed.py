@@ -10,6 +10,7 @@ import os
 import socket
 import struct
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -27,6 +28,7 @@ Value = TypeVar("Value")
 
 HOST_TIMEOUT_MINUTES = 60  # rank 0 may write a large checkpoint while the others wait
 TIMEOUT_SECONDS = 600.0  # how long ranks wait for each other, at the start and in a collective
+STORE_POLL_SECONDS = 0.2
 STORE_GRACE_SECONDS = 2.0  # a torch client that times out by itself says more
 SIOCGIFADDR = 0x8915  # Linux: the address of a network interface
 
@@ -201,12 +203,18 @@ def _meet(backend: str, rank: int, world_size: int, seconds: float) -> None:
 def require_store(host: str, port: int, seconds: float) -> None:
     """Wait until a torch store answers at this address.
 
-    A torch client waits without end for the first word of another program that listens there and says nothing: so the
-    waiting is done aside, by a thread that is left behind.
+    First until anything listens there. A torch client waits without end for the first word of another program that
+    says nothing: so this part is done aside, by a thread that is left behind.
 
     Raises:
         DistNetworkError: none answers within the time limit.
     """
+    deadline = time.monotonic() + seconds
+    while not _listens(host, port):
+        if time.monotonic() >= deadline:
+            raise dist.DistNetworkError(f"nothing listens at {host}:{port}")
+        time.sleep(STORE_POLL_SECONDS)
+    seconds = max(1.0, deadline - time.monotonic())
     outcome: list[Exception | None] = []
 
     def connect() -> None:
@@ -224,6 +232,14 @@ def require_store(host: str, port: int, seconds: float) -> None:
         raise dist.DistNetworkError(f"what listens at {host}:{port} does not answer as a rendezvous does")
     if outcome[0] is not None:
         raise outcome[0]
+
+
+def _listens(host: str, port: int) -> bool:
+    try:
+        socket.create_connection((host, port), timeout=1).close()
+    except OSError:
+        return False
+    return True
 
 
 def port_in_use(error: BaseException | None) -> bool:
