@@ -1,7 +1,8 @@
-"""Dropout, with masks that are drawn all at once on a CPU.
+"""Dropout, with masks that are computed on a CPU: from a seed and the place of a value, wherever they are needed.
 
-Torch's fused kernels draw them inside the kernel, which is best on a GPU; on a CPU compiled code would draw number by
-number, and take longer for it than for the matrix products.
+Torch's fused kernels draw masks inside the kernel, which is best on a GPU. On a CPU torch draws number after number from
+one generator, which takes longer than half of the matrix products; a mask that is a function of (seed, place) costs next
+to nothing inside a compiled kernel, and the backward pass computes it again instead of keeping it.
 """
 
 from __future__ import annotations
@@ -12,33 +13,31 @@ from torch import Tensor
 
 
 def dropout(x: Tensor, probability: float, training: bool = True) -> Tensor:
-    """Zero each value of x with a probability in [0, 1), and scale the others to keep the mean; x if not training."""
+    """Zero each value of x with a probability in [0, 1), and scale the others to keep the mean; x if not training.
+
+    Drawn from torch's global generator. On a CPU, x has at most 2^31 values.
+    """
     if not training or probability == 0:
         return x
     if x.device.type != "cpu":
         return F.dropout(x, probability)
-    keep = torch.empty_like(x, dtype=torch.bool).bernoulli_(1 - probability)
-    return x * keep * (1 / (1 - probability))
+    return torch.where(keep_mask(x.shape, probability), x * (1 / (1 - probability)), 0)
 
 
-def attention_with_dropout(
-    queries: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None, probability: float
-) -> Tensor:
-    """Scaled dot-product attention with dropout on its weights; `F.scaled_dot_product_attention` wherever that is best.
+def keep_mask(shape: torch.Size, probability: float) -> Tensor:
+    """A bool mask of this shape, on the CPU: False with a probability in [0, 1), each place for itself.
 
-    Args:
-        queries: (B, H, N, E).
-        keys, values: (B, H, S, E).
-        mask: (N, S) bool, True where a query may look; None lets all see all.
-        probability: of dropout, in [0, 1).
-
-    Returns:
-        (B, H, N, E).
+    A place's number is scrambled by multiplications and shifts (as the finalizer of MurmurHash3 does, with constants of
+    less bias), seeded twice by torch's generator; what comes out is uniform over the 32-bit integers.
     """
-    if probability == 0 or queries.device.type != "cpu":
-        return F.scaled_dot_product_attention(queries, keys, values, attn_mask=mask, dropout_p=probability)
-    scores = queries @ keys.transpose(-1, -2) * queries.shape[-1] ** -0.5  # (B, H, N, S)
-    if mask is not None:
-        scores = scores.masked_fill(~mask, float("-inf"))
-    weights = scores.softmax(-1, dtype=torch.float32).to(values.dtype)
-    return dropout(weights, probability) @ values
+    seed, other_seed = torch.randint(2**31, (2, 1), dtype=torch.int32)
+    bits = torch.arange(shape.numel(), dtype=torch.int32).view(shape) * 0x2C1B3C6D + seed
+    bits = (bits ^ shifted(bits, 16)) * 0x7FEB352D ^ other_seed
+    bits = (bits ^ shifted(bits, 15)) * 0x297A2D39
+    bits = bits ^ shifted(bits, 16)
+    return bits >= round(probability * 2**32) - 2**31
+
+
+def shifted(bits: Tensor, places: int) -> Tensor:
+    """Shift 32-bit integers to the right, filling with zeros; torch's own shift fills with the sign."""
+    return (bits >> places) & ((1 << (32 - places)) - 1)

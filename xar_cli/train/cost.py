@@ -65,8 +65,8 @@ def activation_bytes(config: Config, model: XAR) -> int:
     inputs, q, k, v, the attention output and its projection, and three hidden rows of the MLP. With activation
     checkpointing: the input of every block, and one block in full.
 
-    Attention counts as a fused kernel, which keeps no weights. With dropout on a CPU they are kept, by head over all
-    pairs of tokens (`attention_with_dropout`: softmax in float32, mask, weights), and are not counted here.
+    Attention counts as a fused kernel, which keeps no weights. On a CPU they are kept, by head over all pairs of tokens
+    (`dot_product_attention`), and are not counted here.
     """
     size = 2 if config.train.precision in ("bf16", "fp16") else FLOAT_BYTES
     dim, hidden = config.model.dim, config.model.mlp_hidden
