@@ -1,8 +1,8 @@
 """Dropout, with masks that are computed on a CPU: from a seed and the place of a value, wherever they are needed.
 
-Torch's fused kernels draw masks inside the kernel, which is best on a GPU. On a CPU torch draws number after number from
-one generator, which takes longer than half of the matrix products; a mask that is a function of (seed, place) costs next
-to nothing inside a compiled kernel, and the backward pass computes it again instead of keeping it.
+Torch's fused kernels draw masks inside the kernel, which is best on a GPU. On a CPU torch draws number after number
+from one generator, which takes almost half as long as the matrix products. A mask that is a function of seed and place
+costs next to nothing inside a compiled kernel, and the backward pass computes it again instead of keeping it.
 """
 
 from __future__ import annotations
