@@ -2,7 +2,7 @@
 
 Torch's fused kernels draw masks inside the kernel, which is best on a GPU. On a CPU torch draws number after number
 from one generator, which takes almost half as long as the matrix products. A mask that is a function of seed and place
-costs next to nothing inside a compiled kernel, and the backward pass computes it again instead of keeping it.
+costs next to nothing inside a compiled kernel, and the backward pass may compute it again instead of keeping it.
 """
 
 from __future__ import annotations
