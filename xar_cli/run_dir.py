@@ -32,6 +32,11 @@ class RunDir:
         return self.root / "run.json"
 
     @property
+    def status(self) -> Path:
+        """What the run is doing, or why it ended, as JSON."""
+        return self.root / "status.json"
+
+    @property
     def metrics(self) -> Path:
         """One JSON object a line, one line each logging step."""
         return self.root / "metrics.jsonl"
@@ -50,6 +55,11 @@ class RunDir:
     def previews(self) -> Path:
         """Grids of fixed seeds made while training."""
         return self.root / "previews"
+
+    @property
+    def features(self) -> Path:
+        """Features of the reference, for the evaluations made while training."""
+        return self.root / "features"
 
     def exists(self) -> bool:
         """Whether a run has been started here."""

@@ -78,8 +78,12 @@ def train(
     launch = LaunchOptions(nproc_per_node, nnodes, node_rank, rdzv_endpoint, max_restarts, rdzv_timeout)
     launch.check()
     out = out or Path("runs") / config.name
+    measure = Measure(inception_weights=tuple(inception_weights or ()))
     if dry_run:
-        plan = dry_run_plan(config, data, out, launch.world_size, allow_recipe_change, device, launch.nproc_per_node)
+        plan = dry_run_plan(
+            config, data, out, launch.world_size, allow_recipe_change, device, launch.nproc_per_node,
+            init_from, reference, measure,
+        )  # fmt: skip
         if as_json:
             typer.echo(json.dumps(plan.as_dict()))
         else:
@@ -97,7 +101,7 @@ def train(
         allow_recipe_change=allow_recipe_change,
         tokenizer_weights=tokenizer_weights,
         reference=reference,
-        measure=Measure(inception_weights=tuple(inception_weights or ())),
+        measure=measure,
         timeout=rdzv_timeout,
     )
     result = run("xar_cli.train.loop:train", settings, launch)

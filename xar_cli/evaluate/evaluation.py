@@ -91,14 +91,10 @@ def evaluate(
         UserError: either cannot be read or does not fit, or the weights of a network are missing.
     """
     settings = settings or Settings()
-    wanted = pick_protocols(protocol)
+    wanted, against, weights = _open_inputs(reference, protocol, settings)
     opened = open_images(samples, settings.image_size)
-    against = open_reference(reference, settings.image_size)
-    weights = _require_all_weights(wanted, settings, with_vgg16=against.images is not None)
     rows = spread_rows(len(opened), settings.count)
     _require_enough(opened.name, len(rows))
-    if against.images is not None and not against.statistics:
-        _require_enough(against.name, len(against.images))
 
     work = _Extraction(settings, ranks)
     tables: dict[str, FeatureTable] = {}
@@ -122,6 +118,11 @@ def evaluate(
             ).result()
     facts = _facts(opened.name, work.content_hash(opened), tables[wanted[0].network])
     return Evaluation(facts, _reference_facts(against, work, reference_tables), results, tables, reference_tables)
+
+
+def check_inputs(reference: Path | ImageSet, protocol: str | Sequence[str], settings: Settings) -> None:
+    """Raise the UserError that `evaluate` would raise before it looks at any sample."""
+    _open_inputs(reference, protocol, settings)
 
 
 def make_statistics(
@@ -187,6 +188,17 @@ class _Extraction:
             batch_size=settings.batch_size, workers=settings.workers, skip_bad=settings.skip_bad,
             cache=settings.feature_cache,
         )  # fmt: skip
+
+
+def _open_inputs(
+    reference: Path | ImageSet, protocol: str | Sequence[str], settings: Settings
+) -> tuple[list[Protocol], Reference, dict[str, Weights | None]]:
+    """All that an evaluation needs beside samples: protocols, reference, weights of the networks."""
+    wanted = pick_protocols(protocol)
+    against = open_reference(reference, settings.image_size)
+    if against.images is not None and not against.statistics:
+        _require_enough(against.name, len(against.images))
+    return wanted, against, _require_all_weights(wanted, settings, with_vgg16=against.images is not None)
 
 
 def _require_all_weights(wanted: Sequence[Protocol], settings: Settings, with_vgg16: bool) -> dict[str, Weights | None]:

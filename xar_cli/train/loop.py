@@ -10,6 +10,7 @@ from collections.abc import Generator
 from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
+from signal import Signals
 from typing import Any
 
 from torch import Tensor
@@ -21,6 +22,7 @@ from xar_cli.data.loader import LatentLoader
 from xar_cli.data.sharding import SampleStream
 from xar_cli.distributed import TIMEOUT_SECONDS, Ranks, pick_device, process_group
 from xar_cli.errors import UserError
+from xar_cli.hub import parse_hub_name
 from xar_cli.logs import Progress, log, progress, read_metrics
 from xar_cli.precision import set_matmul_precision
 from xar_cli.run_dir import RunDir
@@ -38,13 +40,15 @@ from xar_cli.train.preflight import (
     some_passes,
     with_memory,
 )
-from xar_cli.train.preview import Measure, Preview
+from xar_cli.train.preview import Measure, Preview, check_evaluation
 from xar_cli.train.records import Records, check_loggers, check_login
 from xar_cli.train.run import check_agreement, check_cache, check_data, check_run, cut_metrics, open_run
-from xar_cli.train.signals import stop_signals
+from xar_cli.train.signals import StopError, stop_signals
 from xar_cli.train.state import TrainState
+from xar_cli.train.status import noted_state
 from xar_cli.train.step import take_step
 from xar_cli.train.window import BadStep, Window
+from xar_cli.weights import open_weights
 
 WARM_UP_STEPS = 4  # of a measurement of speed
 # Beside the progress bar, each with its format.
@@ -104,7 +108,7 @@ def train(settings: TrainSettings) -> dict[str, Any]:
         before = _batch_before(ranks, newest)
         plan = make_plan(config, ranks.world_size, reader.num_samples, batch_limit(config, ranks, before))
         ranks.on_main(lambda: check_run(settings.out, config, plan.disk_bytes, settings.allow_recipe_change) and None)
-        preview = _preview(settings, run, ranks)
+        preview = ranks.on_all(lambda: _preview(settings, plan, run, ranks))
 
         set_matmul_precision(config.train.precision)
         state = TrainState.fresh(config, ranks.device, ranks)
@@ -134,6 +138,9 @@ def dry_run_plan(
     allow_recipe_change: bool = False,
     device: str = "auto",
     ranks_here: int = 1,
+    init_from: str | None = None,
+    reference: Path | None = None,
+    measure: Measure | None = None,
 ) -> TrainPlan:
     """The plan of a run, with every check that can be made before it starts; nothing is written.
 
@@ -148,10 +155,14 @@ def dry_run_plan(
         allow_recipe_change: as for the run.
         device: as for the run.
         ranks_here: ranks of this machine; on a CPU they share its memory.
+        init_from, reference, measure: as for the run; an hf:// name is not fetched.
     """
     check_loggers(config.train.loggers)
     if data is None:
         return make_plan(config, world_size, config.data.num_images)
+    check_evaluation(config, reference, measure or Measure())
+    if init_from is not None and parse_hub_name(init_from) is None:
+        open_weights(init_from)
     picked = pick_device(device)
     limit = None
     if config.train.max_batch_per_rank == AUTO:
@@ -159,6 +170,8 @@ def dry_run_plan(
     with LatentReader(data) as reader:
         check_cache(reader, config)
         plan = make_plan(config, world_size, reader.num_samples, limit)
+        if RunDir(out).exists():
+            check_data(RunDir(out), reader)
     check_run(out, config, plan.disk_bytes, allow_recipe_change)
     return replace(plan, device_bytes=memory_of_rank(picked, ranks_here))
 
@@ -205,33 +218,45 @@ def _run_steps(
     writer = CheckpointWriter(run, config.keep_last, config.keep_every, writes=ranks.is_main)
     records = ranks.on_all(lambda: Records(run, state.config, state.step, enabled=ranks.is_main))
     window = Window(ranks, state.model.grouping.lengths)
-    steps_per_evaluation = round(config.eval_every * plan.num_images / plan.global_batch_size)
     facts = {"world_size": ranks.world_size, "batch_size_per_rank": plan.batch_size_per_rank}
     with (
+        noted_state(run, state, enabled=ranks.is_main) as note,
         closing(writer), closing(records), stop_signals() as request,
         progress(plan.total_steps, "train", "step", initial=state.step, enabled=ranks.is_main) as bar,
         closing(batches_from(state.config, plan, reader, ranks, state.step)) as batches,
     ):  # fmt: skip
+
+        def look(missing: bool = False) -> Signals | None:
+            """Preview and evaluation; the signal that came meanwhile, if one did."""
+            if preview is None or not preview.is_due(state.step):
+                return None
+            note("drawing")
+            paused = window.pause()
+            try:
+                preview.look(state, records, request.interrupt, missing)
+            except StopError:
+                return request.agreed(ranks)
+            finally:
+                window.resume(paused)
+                note("running")
+            return None
+
+        stopped = look(missing=True) if state.step else None  # what a stop at this very step has left out
+        if stopped:
+            raise _stopped(stopped, state)
         while state.step < plan.total_steps:
             take_step(state, plan, batches, ranks, window)
-            final, stopped = state.step == plan.total_steps, request.agreed(ranks)
-
-            def due(every: int, final: bool = final) -> bool:
-                return bool(every) and (final or state.step % every == 0)
-
+            final, asked = state.step == plan.total_steps, request.agreed(ranks)
             bad_in_a_row = 0
-            if due(config.log_every) or stopped:
+            if final or asked or state.step % config.log_every == 0:
                 bad_in_a_row = _log(state, plan, reader, ranks, window, records, bar)
             hopeless = bad_in_a_row >= config.max_bad_steps
-            if due(config.checkpoint_every) or stopped or hopeless:
+            saves = final or asked or hopeless or state.step % config.checkpoint_every == 0
+            if saves:
                 writer.save(state.step, state.groups(), facts)
-            if preview is not None and not stopped:
-                paused = window.pause()
-                if due(config.preview_every):
-                    records.image(state.step, preview.save_grid(state))
-                if due(steps_per_evaluation):
-                    records.write({"step": state.step, "evaluation": preview.evaluate(state)})
-                window.resume(paused)
+            stopped = look() if final or not asked else asked
+            if stopped and not saves:
+                writer.save(state.step, state.groups(), facts)
             if final or stopped or hopeless:
                 _finish_writing(writer, state, ranks)
             if hopeless:
@@ -242,12 +267,8 @@ def _run_steps(
                     "--set train.base_lr or --set train.precision=bf16 (tf32 and fp32 are safer still).",
                     exit_code=1,
                 )
-            if stopped and not final:
-                raise UserError(
-                    f"Stopped by {stopped.name} after step {state.step}; a checkpoint is written.",
-                    "The same command goes on from there.",
-                    exit_code=128 + stopped,
-                )
+            if stopped:
+                raise _stopped(stopped, state)
     losses = [record["loss"] for record in read_metrics(run.metrics) if "loss" in record]
     return {
         "run": str(run.root),
@@ -255,6 +276,14 @@ def _run_steps(
         "loss": losses[-1] if losses else None,
         "seconds": time.monotonic() - began,
     }
+
+
+def _stopped(signal: Signals, state: TrainState) -> UserError:
+    return UserError(
+        f"Stopped by {signal.name} after step {state.step}; a checkpoint is written.",
+        "The same command goes on from there.",
+        exit_code=128 + signal,
+    )
 
 
 def _log(
@@ -350,12 +379,12 @@ def _probed_plan(state: TrainState, plan: TrainPlan, reader: LatentReader, ranks
     return plan_with(probed_batch(state, ranks, plan.batch_size_per_rank, attempt))
 
 
-def _preview(settings: TrainSettings, run: RunDir, ranks: Ranks) -> Preview | None:
+def _preview(settings: TrainSettings, plan: TrainPlan, run: RunDir, ranks: Ranks) -> Preview | None:
     """The preview, where the recipe asks for grids or evaluations."""
     train = settings.config.train
     if not (train.preview_every or train.eval_every):
         return None
-    return Preview(settings.config, run, ranks, settings.tokenizer_weights, settings.reference, settings.measure)
+    return Preview(settings.config, plan, run, ranks, settings.tokenizer_weights, settings.reference, settings.measure)
 
 
 def _say_where(run: RunDir, state: TrainState, plan: TrainPlan, checkpoint: Checkpoint, ranks: Ranks) -> None:

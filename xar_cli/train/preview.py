@@ -1,12 +1,12 @@
 """What the network can do by now: grids of fixed seeds, and a Frechet distance, while training goes on.
 
 The one place where training calls the sample and evaluate stages. All ranks draw; rank 0 writes. The same seeds and
-labels every time, from the first average of the weights.
+labels every time, from the first average of the weights. Nothing that goes wrong here ends a run, but a stop signal.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,15 +17,18 @@ from xar_cli.config.schema import Config
 from xar_cli.distributed import Ranks, whole_tensor
 from xar_cli.errors import UserError
 from xar_cli.evaluate import Settings as Measure
-from xar_cli.evaluate import evaluate
+from xar_cli.evaluate import check_inputs, evaluate
 from xar_cli.evaluate.images import GeneratedImages
-from xar_cli.logs import log
+from xar_cli.logs import log, read_metrics
 from xar_cli.model import XAR
 from xar_cli.run_dir import RunDir
 from xar_cli.sample.images import grid_image, to_pil
 from xar_cli.sample.noise import balanced_label
 from xar_cli.sample.stage import draw_images
 from xar_cli.tokenizer import Codec, load_tokenizer
+from xar_cli.train.plan import TrainPlan
+from xar_cli.train.records import Records
+from xar_cli.train.signals import StopError
 from xar_cli.train.state import TrainState
 
 
@@ -34,6 +37,7 @@ class Preview:
 
     Args:
         config: the recipe; its sampling settings are used.
+        plan: of the run, for the steps of an epoch.
         run: the run folder.
         ranks: who draws.
         tokenizer_weights: file of KL-16's weights.
@@ -41,37 +45,85 @@ class Preview:
         measure: how to measure; the recipe's protocol is used.
 
     Raises:
-        UserError: the tokenizer's weights are missing, or the reference where `train.eval_every` asks for one.
+        UserError: the tokenizer's weights are missing, or what `check_evaluation` looks for.
     """
 
     def __init__(
         self,
         config: Config,
+        plan: TrainPlan,
         run: RunDir,
         ranks: Ranks,
         tokenizer_weights: Path | None,
         reference: Path | None,
         measure: Measure,
     ) -> None:
-        self._config, self._run, self._ranks = config, run, ranks
-        self._reference, self._measure = reference, measure
-        if config.train.eval_every and reference is None:
-            raise UserError(
-                "train.eval_every asks for evaluations, and there is nothing to compare with.",
-                "Give real images or their statistics: --reference PATH; or --set train.eval_every=0.",
-            )
+        self._config, self._plan, self._run, self._ranks = config, plan, run, ranks
+        check_evaluation(config, reference, measure)
+        self._reference = reference
+        self._measure = measure.model_copy(
+            update={"batch_size": config.sample.batch_size, "feature_cache": measure.feature_cache or run.features}
+        )
+        self._steps_per_evaluation = round(config.train.eval_every * plan.num_images / plan.global_batch_size)
         tokenizer = load_tokenizer(config, tokenizer_weights, ranks.device)
         self._codec = Codec(tokenizer, config.tokenizer.latent_scale)
         self._classes = range(config.data.num_classes or 1)
 
-    def save_grid(self, state: TrainState) -> Path:
+    def look(self, state: TrainState, records: Records, interrupt: Callable[[], None], missing: bool = False) -> None:
+        """Draw the grid and evaluate, where this step is one for it; every rank calls this.
+
+        Args:
+            state: of the run.
+            records: where the results go.
+            interrupt: called between two batches; what it raises ends the look, on all ranks.
+            missing: leave out what is in the run folder already, after a run was stopped at this step.
+
+        Raises:
+            StopError: by `interrupt` of any rank.
+        """
+        grid, evaluation = self._due(state.step, missing)
+        if grid:
+            records.image(state.step, self.save_grid(state, interrupt))
+        if evaluation:
+            try:
+                found = self.evaluate(state, interrupt)
+            except StopError:
+                raise
+            except UserError as error:
+                log.error("The evaluation of step %d failed, and the run goes on: %s", state.step, error)
+            else:
+                records.write({"step": state.step, "evaluation": found})
+
+    def is_due(self, step: int) -> bool:
+        """Whether `look` has something to do at this step."""
+        return any(self._due(step))
+
+    def _due(self, step: int, missing: bool = False) -> tuple[bool, bool]:
+        """Whether this step is one for the grid, and for an evaluation."""
+
+        def due(every: int) -> bool:
+            return bool(every) and (step == self._plan.total_steps or step % every == 0)
+
+        grid, evaluation = due(self._config.train.preview_every), due(self._steps_per_evaluation)
+        if missing:
+            there = self._ranks.on_main(lambda: (self._picture(step).exists(), self._evaluated(step)))
+            grid, evaluation = grid and not there[0], evaluation and not there[1]
+        return grid, evaluation
+
+    def _picture(self, step: int) -> Path:
+        return self._run.previews / f"step-{step:08d}.png"
+
+    def _evaluated(self, step: int) -> bool:
+        return any(record["step"] == step and "evaluation" in record for record in read_metrics(self._run.metrics))
+
+    def save_grid(self, state: TrainState, interrupt: Callable[[], None]) -> Path:
         """Draw the preview images and write them as one picture; every rank calls this."""
         count, step = self._config.train.preview_count, state.step
         model = self._averaged(state)
         mine = list(range(self._ranks.rank, count, self._ranks.world_size))
-        drawn = self._draw(model, mine) if mine else None
+        drawn = self._ranks.on_all(lambda: self._draw(model, mine, interrupt) if mine else None)
         everyones: list[Any] = self._ranks.gather(dict(zip(mine, drawn, strict=True)) if drawn is not None else {})
-        path = self._run.previews / f"step-{step:08d}.png"
+        path = self._picture(step)
         if self._ranks.is_main:
             images = {index: image for part in everyones for index, image in part.items()}
             columns = round(count**0.5) or 1
@@ -84,28 +136,31 @@ class Preview:
                 log.error("The preview of step %d could not be written (%s): the run goes on.", step, error)
         return path
 
-    def evaluate(self, state: TrainState) -> dict[str, float]:
+    def evaluate(self, state: TrainState, interrupt: Callable[[], None]) -> dict[str, float]:
         """The numbers of the recipe's protocol, by name with their count; every rank calls this, rank 0 gets them."""
         assert self._reference is not None
         model, count = self._averaged(state), self._config.train.eval_count
         labels = np.array([self._label(index) for index in range(count)])
 
         def draw(indices: Sequence[int]) -> np.ndarray:
-            pixels = self._draw(model, list(indices)).transpose(0, 2, 3, 1)
+            pixels = self._draw(model, list(indices), interrupt).transpose(0, 2, 3, 1)
             return np.broadcast_to(pixels, (*pixels.shape[:3], 3))
 
         identity = f"{self._run.root.resolve()} step {state.step} {self._config.sample}"
-        images = GeneratedImages(f"{count} images of step {state.step}", labels, draw, identity)
-        measure = self._measure.model_copy(update={"batch_size": self._config.sample.batch_size})
-        found = evaluate(images, self._reference, self._config.evaluate.protocol, settings=measure, ranks=self._ranks)
+        images = GeneratedImages(f"{count} images of step {state.step}", labels, draw, identity, keep_features=False)
+        reference, protocol = self._reference, self._config.evaluate.protocol
+        found = self._ranks.on_all(
+            lambda: evaluate(images, reference, protocol, settings=self._measure, ranks=self._ranks)
+        )
         if not self._ranks.is_main:
             return {}
         return {metric.name: metric.value for metric in found.first.metrics.values() if metric.value is not None}
 
-    def _draw(self, model: XAR, indices: list[int]) -> np.ndarray:
+    def _draw(self, model: XAR, indices: list[int], interrupt: Callable[[], None]) -> np.ndarray:
         """Images of some indices: uint8 (B, channels, height, width)."""
         config, parts = self._config, []
         for start in range(0, len(indices), config.sample.batch_size):
+            interrupt()
             chosen = indices[start : start + config.sample.batch_size]
             labels = [self._label(index) for index in chosen]
             drawn = draw_images(config, model, self._codec, config.train.seed, chosen, labels, self._ranks.device)
@@ -123,3 +178,15 @@ class Preview:
         whole = {name: whole_tensor(tensor) for name, tensor in tensors.items()}
         model.load_state_dict(whole, strict=True, assign=True)
         return model.to(self._ranks.device).eval()
+
+
+def check_evaluation(config: Config, reference: Path | None, measure: Measure) -> None:
+    """Raise a UserError where `train.eval_every` asks for evaluations that could not be made."""
+    if not config.train.eval_every:
+        return
+    if reference is None:
+        raise UserError(
+            "train.eval_every asks for evaluations, and there is nothing to compare with.",
+            "Give real images or their statistics: --reference PATH; or --set train.eval_every=0.",
+        )
+    check_inputs(reference, config.evaluate.protocol, measure)

@@ -1,6 +1,7 @@
 """Where the records of a run go: metrics.jsonl always, TensorBoard and Weights & Biases by setting.
 
-A disk that is full does not end a run: what could not be written is kept and tried again with the next record.
+A disk that is full does not end a run: what could not be written is kept and tried again with the next record. Nor does
+a logger that fails: it gets nothing more.
 """
 
 from __future__ import annotations
@@ -133,6 +134,17 @@ def _did_not_start(error: Exception) -> UserError:
     )
 
 
+def _opened(name: str, run: RunDir, config: Config, first_step: int) -> Logger:
+    try:
+        return LOGGERS[name](run, config, first_step)
+    except OSError as error:
+        raise UserError(
+            f"The logger {name} did not start: {error}.",
+            f"Free some disk space, or take {name} out of train.loggers.",
+            exit_code=1,
+        ) from None
+
+
 class Records:
     """Writes the records of one run.
 
@@ -141,6 +153,9 @@ class Records:
         config: the recipe; its `train.loggers` are opened.
         first_step: steps taken already.
         enabled: False on ranks that write nothing.
+
+    Raises:
+        UserError: a logger does not start (exit code 1).
     """
 
     def __init__(self, run: RunDir, config: Config, first_step: int, enabled: bool) -> None:
@@ -153,7 +168,7 @@ class Records:
                 self._metrics = MetricsWriter(run.metrics)
                 opened.callback(self.close)
                 for name in config.train.loggers:
-                    self._loggers.append(LOGGERS[name](run, config, first_step))
+                    self._loggers.append(_opened(name, run, config, first_step))
                 opened.pop_all()
 
     def write(self, record: dict[str, Any]) -> None:
@@ -177,8 +192,7 @@ class Records:
                 numbers.update({f"{name}/{place}": value for place, value in enumerate(values) if value is not None})
             elif isinstance(values, dict):
                 numbers.update({f"{name}/{key}": float(value) for key, value in values.items()})
-        for logger in self._loggers:
-            logger.write(record["step"], numbers)
+        self._tell_loggers(lambda logger: logger.write(record["step"], numbers))
 
     def bad_step(self, **values: Any) -> None:
         """Add a line to RUN/skipped_steps.jsonl; on a full disk the line is lost and the run goes on."""
@@ -192,8 +206,8 @@ class Records:
 
     def image(self, step: int, path: Path) -> None:
         """Show a picture in the loggers, if it could be written."""
-        for logger in self._loggers if self._enabled and path.exists() else ():
-            logger.image(step, path)
+        if self._enabled and path.exists():
+            self._tell_loggers(lambda logger: logger.image(step, path))
 
     def close(self) -> None:
         """Close all."""
@@ -203,8 +217,16 @@ class Records:
             self._metrics.close()
         except OSError as error:
             log.error("The last records could not be written: %s.", error)
-        for logger in self._loggers:
-            logger.close()
+        self._tell_loggers(lambda logger: logger.close())
+
+    def _tell_loggers(self, tell: Callable[[Logger], None]) -> None:
+        """Tell every logger; one that fails, whatever its package raises, is told once and left out from then on."""
+        for logger in list(self._loggers):
+            try:
+                tell(logger)
+            except Exception as error:
+                self._loggers.remove(logger)
+                log.error("%s failed (%s): it gets no more records, and the run goes on.", type(logger).__name__, error)
 
     def _reopen(self) -> None:
         """Leave the file as a kill would: opening it cuts off a torn line."""

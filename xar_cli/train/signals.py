@@ -7,8 +7,13 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from xar_cli.distributed import Ranks
+from xar_cli.errors import UserError
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)  # Slurm's pre-emption: SIGTERM, or what --signal names
+
+
+class StopError(UserError):
+    """A stop signal that came while images were drawn; the loop makes of it what it makes of one between two steps."""
 
 
 class StopRequest:
@@ -21,6 +26,11 @@ class StopRequest:
         """The signal that any rank has received, on all ranks; every rank calls this after the same step."""
         number = ranks.largest(self._received)
         return signal.Signals(number) if number else None
+
+    def interrupt(self) -> None:
+        """Raise StopError where this rank has received a signal; for work that takes longer than a step."""
+        if self._received:
+            raise StopError(f"Stopped by {signal.Signals(self._received).name}.", "The same command goes on.")
 
     def note(self, number: int, _: object) -> None:
         """The handler; a second SIGINT acts at once."""

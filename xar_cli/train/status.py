@@ -1,6 +1,7 @@
 """What a run folder tells: where the run is, whether it is healthy and why, when it ends.
 
-Reads files only, and needs no torch: it works while the run goes on, from any machine that sees the folder.
+Files only, and no torch: `xar status` works while the run goes on, from any machine that sees the folder. The run
+itself notes in `status.json` what it is doing and why it ended; a kill leaves the note as it was, and its age tells.
 """
 
 from __future__ import annotations
@@ -8,13 +9,15 @@ from __future__ import annotations
 import json
 import statistics
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, Protocol
 
 from xar_cli.config import Config, load_config_file
+from xar_cli.errors import UserError
 from xar_cli.logs import read_metrics
-from xar_cli.run_dir import RunDir
+from xar_cli.run_dir import RunDir, write_json
 
 WINDOW = 20  # records that are compared with as many before them
 RISE = 3.0  # the loss is rising if it is up by this many standard errors
@@ -22,6 +25,10 @@ GRADIENT_GROWTH = 3.0
 THROUGHPUT_LOSS = 0.7
 SILENCE = 10.0  # no word for this many times the usual interval means that nothing runs
 SILENCE_SECONDS = 120.0
+DRAWING_SECONDS = 3600.0  # of previews and evaluations, in which nothing else is written
+STOPPED_BY_SIGNAL = 128  # exit codes from here on
+
+ENDED = ("finished", "stopped", "failed")  # states after which nothing comes
 
 Record = Mapping[str, Any]
 
@@ -32,7 +39,7 @@ class Status:
 
     Attributes:
         run, recipe: which one.
-        state: finished, running, stopped or not started.
+        state: finished, running, drawing (a preview or an evaluation), stopped, failed or not started.
         healthy: False if there is anything in `worries`.
         worries: what is wrong, a sentence each.
         step, total_steps, epoch: where it is.
@@ -68,6 +75,41 @@ class Status:
         return asdict(self)
 
 
+class Steps(Protocol):
+    """What counts the steps of a run."""
+
+    step: int
+
+
+@contextmanager
+def noted_state(run: RunDir, counter: Steps, enabled: bool) -> Iterator[Callable[[str], None]]:
+    """Keep RUN/status.json while a run goes on; the yielded function notes what it does now.
+
+    Leaving the block notes how the run ended: finished, stopped (by a signal or Ctrl-C) or failed, and the sentence.
+
+    Args:
+        run: the run folder.
+        counter: its `step` is noted too.
+        enabled: False on ranks that write nothing.
+    """
+
+    def note(state: str, why: str = "") -> None:
+        if enabled:
+            with suppress(OSError):  # a full disk ends no run
+                write_json(run.status, {"state": state, "step": counter.step, "why": why, "time": time.time()})
+
+    note("running")
+    try:
+        yield note
+    except BaseException as error:
+        stopped = isinstance(error, KeyboardInterrupt)
+        if isinstance(error, UserError):
+            stopped = error.exit_code >= STOPPED_BY_SIGNAL
+        note("stopped" if stopped else "failed", str(error) or type(error).__name__)
+        raise
+    note("finished")
+
+
 def run_status(run: RunDir, now: float | None = None) -> Status:
     """Read a run folder; `now` is the Unix time to judge by.
 
@@ -82,9 +124,15 @@ def run_status(run: RunDir, now: float | None = None) -> Status:
     evaluations = [record["evaluation"] for record in everything if "evaluation" in record]
     saved = sorted(int(folder.name.removeprefix("step-")) for folder in run.checkpoints.glob("step-*"))
     step = records[-1]["step"] if records else 0
-    state = _state(records, step, total, time.time() if now is None else now)
+    note = _noted(run)
+    state = _state(note, records, time.time() if now is None else now)
+    if not note and total is not None and step == total and saved[-1:] == [total]:  # of a version without notes
+        state = "finished"
     worries = find_worries(config, records)
-    if state == "stopped":
+    if note.get("state") in ENDED:
+        if note["why"]:
+            worries.append(f"it ended after step {note['step']}: {note['why']}")
+    elif state == "stopped":
         worries.append(f"nothing was written for long after step {step}: the run stopped, crashed or hangs")
     last, before = records[-WINDOW:], records[-2 * WINDOW : -WINDOW]
     newest: Record = records[-1] if records else {}
@@ -136,15 +184,27 @@ def find_worries(config: Config, records: Sequence[Record]) -> list[str]:
     return worries
 
 
-def _state(records: Sequence[Record], step: int, total: int | None, now: float) -> str:
-    if not records:
-        return "not started"
-    if step == total:
-        return "finished"
+def _noted(run: RunDir) -> Record:
+    """What the run noted of itself, or nothing: it is read while others write."""
+    with suppress(OSError, ValueError):
+        return dict(json.loads(run.status.read_text(encoding="utf-8")))
+    return {}
+
+
+def _state(note: Record, records: Sequence[Record], now: float) -> str:
+    """What the run does by its note; where that says that it goes on, by the age of its last sign of life too."""
+    if note.get("state") in ENDED:
+        return str(note["state"])
     times = [record["time"] for record in records[-WINDOW:] if "time" in record]
+    signs = [*times[-1:], *([note["time"]] if note else [])]
+    if not signs:
+        return "running" if records else "not started"
     gaps = [after - before for before, after in zip(times[:-1], times[1:], strict=True)]
     patience = max(SILENCE_SECONDS, SILENCE * statistics.median(gaps)) if gaps else SILENCE_SECONDS
-    return "stopped" if times and now - times[-1] > patience else "running"
+    doing = str(note.get("state", "running"))
+    if doing == "drawing":
+        patience = max(patience, DRAWING_SECONDS)
+    return "stopped" if now - max(signs) > patience else doing
 
 
 def _values(records: Sequence[Record], key: str) -> list[float]:

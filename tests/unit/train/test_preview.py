@@ -1,5 +1,9 @@
 """Looking at a run while it trains, and starting from weights that exist."""
 
+import os
+import shutil
+import signal
+
 import pytest
 import torch
 from PIL import Image
@@ -7,10 +11,13 @@ from PIL import Image
 from tests.caches import make_cache, make_images, make_layout
 from tests.runs import final_tensors, settings, small_recipe
 from xar_cli.checkpoint import latest_checkpoint
+from xar_cli.config import load_config_file
 from xar_cli.errors import UserError
-from xar_cli.logs import read_metrics
+from xar_cli.logs import log, read_metrics
 from xar_cli.run_dir import RunDir
-from xar_cli.train.loop import train
+from xar_cli.train import preview
+from xar_cli.train.loop import dry_run_plan, train
+from xar_cli.train.status import run_status
 from xar_cli.weights import load_weights
 
 
@@ -72,6 +79,88 @@ def test_evaluation_needs_a_reference(data, tmp_path):
     with pytest.raises(UserError, match="nothing to compare with"):
         train(settings(small_recipe("train.eval_every=1"), data, tmp_path / "run"))
     assert not (tmp_path / "run").exists()
+
+
+def test_what_an_evaluation_needs_is_asked_for_first(data, tmp_path):
+    looking = small_recipe("train.eval_every=1", "evaluate.protocol=adm")
+    nowhere, real = tmp_path / "nowhere", make_images(tmp_path / "real")
+    for reference, message in ((nowhere, "nowhere"), (real, "weights-inception")):
+        with pytest.raises(UserError, match=message):
+            train(settings(looking, data, tmp_path / "run", reference=reference))
+        with pytest.raises(UserError, match=message):
+            dry_run_plan(looking, data, tmp_path / "run", 1, reference=reference)
+    with pytest.raises(UserError, match="nothing to compare with"):
+        dry_run_plan(looking, data, tmp_path / "run", 1)
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_dry_run_looks_at_the_weights_to_start_from(data, tmp_path):
+    with pytest.raises(UserError, match="nowhere"):
+        dry_run_plan(small_recipe(), data, tmp_path / "run", 1, init_from=str(tmp_path / "nowhere"))
+
+
+def test_a_failed_evaluation_does_not_end_the_run(data, tmp_path, caplog):
+    """The first image of the reference is spoilt after the checks: its features cannot be made."""
+    log.propagate = True  # for caplog
+    real = make_images(tmp_path / "real")
+    bad = sorted(real.rglob("*.png"))[0]
+    bad.write_bytes(bad.read_bytes()[:40])
+    config = small_recipe("train.eval_every=1", "train.eval_count=8", "evaluate.protocol=digits")
+    found = train(settings(config, data, tmp_path / "run", reference=real))
+    assert found["steps"] == 10
+    assert "The evaluation of step 5 failed, and the run goes on" in caplog.text
+    assert not [record for record in read_metrics(RunDir(tmp_path / "run").metrics) if "evaluation" in record]
+
+
+LOOKING = ("train.preview_every=5", "train.preview_count=9", "train.eval_every=1", "train.eval_count=12",
+           "evaluate.protocol=digits")  # fmt: skip
+
+
+@pytest.mark.parametrize(("batch", "step"), [(0, 5), (2, 5), (3, 6)])
+def test_a_signal_while_drawing_stops_and_what_it_left_out_is_made_later(data, tmp_path, monkeypatch, batch, step):
+    """The grid of step 5 takes batches 0 and 1, its evaluation 2 and 3; no checkpoint is due there.
+
+    A signal in the last batch finds nothing to interrupt, and stops the run after the next step.
+    """
+    real, out = make_images(tmp_path / "real"), tmp_path / "run"
+    drawn = []
+
+    def draw_images(*arguments, real=preview.draw_images):
+        if len(drawn) == batch:
+            os.kill(os.getpid(), signal.SIGTERM)
+        drawn.append(1)
+        return real(*arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(preview, "draw_images", draw_images)
+        with pytest.raises(UserError, match=f"Stopped by SIGTERM after step {step}") as caught:
+            train(settings(small_recipe(*LOOKING), data, out, reference=real))
+    assert len(drawn) == batch + 1
+    assert caught.value.exit_code == 143
+    assert run_status(RunDir(out)).state == "stopped"
+    assert latest_checkpoint(RunDir(out)).step == step
+    train(settings(small_recipe(*LOOKING), data, out, reference=real))
+    assert sorted(path.name for path in RunDir(out).previews.iterdir()) == ["step-00000005.png", "step-00000010.png"]
+    records = read_metrics(RunDir(out).metrics)
+    assert [record["step"] for record in records if "evaluation" in record] == [5, 10]
+    assert run_status(RunDir(out)).state == "finished"
+
+
+def test_the_last_evaluation_is_made_up_for(run, data, tmp_path):
+    """Killed in its last evaluation, after the last checkpoint."""
+    out = RunDir(tmp_path / "run")
+    shutil.copytree(run.root, out.root)
+    real, config = make_images(tmp_path / "real"), load_config_file(out.config)
+    lines = out.metrics.read_text().splitlines(keepends=True)
+    out.metrics.write_text("".join(line for line in lines if '"evaluation"' not in line or '"step": 10' not in line))
+    assert [record["step"] for record in read_metrics(out.metrics) if "evaluation" in record] == [5]
+    train(settings(config, data, out.root, reference=real))
+    train(settings(config, data, out.root, reference=real))
+    assert [record["step"] for record in read_metrics(out.metrics) if "evaluation" in record] == [5, 10]
+
+
+def test_features_of_the_reference_are_made_once(run):
+    assert len(list(run.features.glob("*/table.json"))) == 1
 
 
 def test_a_logger_that_is_not_installed(data, tmp_path, monkeypatch):

@@ -13,7 +13,7 @@ from tests.runs import settings, small_recipe
 from xar_cli.errors import UserError
 from xar_cli.logs import log
 from xar_cli.run_dir import RunDir
-from xar_cli.train import loop
+from xar_cli.train import loop, records
 from xar_cli.train.loop import train
 from xar_cli.train.records import Records, WeightsAndBiases
 
@@ -209,3 +209,44 @@ def test_the_real_wandb_offline(tmp_path, monkeypatch):
     assert len(ids) == 1
     assert [step for step, has_loss, _ in found if has_loss] == [1, 2, 3, 2, 3, 4]
     assert [step for step, _, has_picture in found if has_picture] == [3, 4]
+
+
+def test_a_logger_that_fails_is_left_out_and_the_run_goes_on(data, tmp_path, monkeypatch, wandb, caplog):
+    monkeypatch.setattr(log, "propagate", True)
+
+    def log_values(values, step=None):
+        raise OSError(28, "No space left on device")
+
+    wandb.log = log_values
+    train(settings(small_recipe(*WANDB), data, tmp_path / "run"))
+    assert caplog.text.count("WeightsAndBiases failed") == 1
+    assert "No space left on device" in caplog.text
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+def test_a_full_disk_under_tensorboard(data, tmp_path, monkeypatch, caplog):
+    """The real event writer, whose thread raises its fault at a later call."""
+    from tensorboard.summary.writer.record_writer import RecordWriter
+
+    monkeypatch.setattr(log, "propagate", True)
+
+    written = []
+
+    def write(self, data, real=RecordWriter.write):
+        written.append(1)
+        if len(written) > 40:
+            raise OSError(28, "No space left on device")
+        real(self, data)
+
+    monkeypatch.setattr(RecordWriter, "write", write)
+    train(settings(small_recipe("train.loggers=[tensorboard]"), data, tmp_path / "run"))
+    assert "TensorBoard failed" in caplog.text
+
+
+def test_a_full_disk_when_tensorboard_starts(data, tmp_path, monkeypatch):
+    def fail(*arguments):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setitem(records.LOGGERS, "tensorboard", fail)
+    with pytest.raises(UserError, match="tensorboard did not start"):
+        train(settings(small_recipe("train.loggers=[tensorboard]"), data, tmp_path / "run"))

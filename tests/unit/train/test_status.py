@@ -1,4 +1,5 @@
 import json
+from types import SimpleNamespace
 
 import pytest
 from typer.testing import CliRunner
@@ -6,9 +7,10 @@ from typer.testing import CliRunner
 from tests.runs import small_recipe
 from xar_cli.cli.app import app
 from xar_cli.config import dump_config
+from xar_cli.errors import UserError
 from xar_cli.logs import MetricsWriter
-from xar_cli.run_dir import RunDir
-from xar_cli.train.status import find_worries, run_status
+from xar_cli.run_dir import RunDir, write_json
+from xar_cli.train.status import find_worries, noted_state, run_status
 
 
 def records(count, **changes):
@@ -71,22 +73,93 @@ def test_fp16_may_skip_now_and_then():
     assert find_worries(small_recipe("train.precision=fp16"), written) == []
 
 
-def test_states(tmp_path):
+def note(run, state, when, why=""):
+    write_json(run.status, {"state": state, "step": 300, "why": why, "time": when})
+
+
+def test_a_run_without_a_note_goes_by_its_records(tmp_path):
+    """As one of version 0.1.0."""
     run = make_run(tmp_path / "a", records(30))
     assert run_status(run, now=1150).state == "running"
     late = run_status(run, now=9000)
     assert late.state == "stopped"
     assert not late.healthy
-    assert run_status(make_run(tmp_path / "b", records(30), total=300), now=9000).state == "finished"
+    done = make_run(tmp_path / "b", records(30), total=300)
+    assert run_status(done, now=9000).state == "stopped"  # its last checkpoint is not there
+    (done.checkpoints / "step-00000300").mkdir(parents=True)
+    assert run_status(done, now=9000).state == "finished"
     assert run_status(make_run(tmp_path / "c", []), now=0).state == "not started"
+
+
+def test_a_note_and_its_age(tmp_path):
+    run = make_run(tmp_path / "run", records(30))
+    note(run, "running", 5000)
+    assert run_status(run, now=5100).state == "running"
+    assert run_status(run, now=5200).state == "stopped"
+    note(run, "drawing", 5000)
+    assert run_status(run, now=8000).state == "drawing"
+    assert run_status(run, now=9000).state == "stopped"
+
+
+def test_a_run_that_died_before_its_first_record(tmp_path):
+    run = make_run(tmp_path / "run", [])
+    note(run, "running", 5000)
+    assert run_status(run, now=5001).state == "running"
+    assert not run_status(run, now=6000).healthy
+
+
+def test_a_note_says_why_a_run_ended(tmp_path):
+    run = make_run(tmp_path / "run", records(30))
+    note(run, "failed", 5000, "The disk is full.")
+    found = run_status(run, now=5001)
+    assert (found.state, found.healthy) == ("failed", False)
+    assert found.worries == ["it ended after step 300: The disk is full."]
+    note(run, "finished", 5000)
+    found = run_status(run, now=9000)
+    assert (found.state, found.healthy) == ("finished", True)
+
+
+@pytest.mark.parametrize(
+    ("error", "state"),
+    [
+        (None, "finished"),
+        (KeyboardInterrupt(), "stopped"),
+        (UserError("Stopped by SIGTERM.", "Go on.", exit_code=143), "stopped"),
+        (UserError("The loss is not finite.", "Look.", exit_code=1), "failed"),
+        (RuntimeError("out of memory"), "failed"),
+    ],
+)
+def test_noting_how_it_ends(tmp_path, error, state):
+    run, counter = RunDir(tmp_path), SimpleNamespace(step=7)
+    caught = None
+    try:
+        with noted_state(run, counter, enabled=True) as note:
+            assert json.loads(run.status.read_text())["state"] == "running"
+            note("drawing")
+            assert json.loads(run.status.read_text())["state"] == "drawing"
+            counter.step = 8
+            if error is not None:
+                raise error
+    except BaseException as raised:
+        caught = raised
+    found = json.loads(run.status.read_text())
+    assert caught is error
+    assert (found["state"], found["step"]) == (state, 8)
+    assert str(error or "") in found["why"]
+
+
+def test_other_ranks_note_nothing(tmp_path):
+    with noted_state(RunDir(tmp_path), SimpleNamespace(step=1), enabled=False) as note:
+        note("drawing")
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_command(tmp_path):
     run = make_run(tmp_path / "run", records(45), total=450)
-    (run.checkpoints / "step-00000400").mkdir(parents=True)
+    (run.checkpoints / "step-00000450").mkdir(parents=True)
     result = CliRunner().invoke(app, ["status", str(run.root), "--json"])
     found = json.loads(result.stdout)
-    assert (found["step"], found["total_steps"], found["checkpoint_step"]) == (450, 450, 400)
+    assert (found["step"], found["total_steps"], found["checkpoint_step"]) == (450, 450, 450)
     assert found["healthy"] is True
     assert found["loss"] < found["loss_before"]
     table = CliRunner().invoke(app, ["status", str(run.root)]).stdout
