@@ -65,10 +65,20 @@ def load_config_file(path: Path, overrides: Sequence[str] = ()) -> Config:
     return validate(values, str(path))
 
 
+class PlainNumbers(yaml.SafeLoader):
+    """YAML's safe values without its numbers to the base 60: 40:15 is a schedule of steps, not 2415."""
+
+    def resolve(self, kind: type[yaml.Node], value: Any, implicit: Any) -> str:
+        """The tag of a value."""
+        tag: str = super().resolve(kind, value, implicit)
+        base_60 = tag in ("tag:yaml.org,2002:int", "tag:yaml.org,2002:float") and ":" in value
+        return "tag:yaml.org,2002:str" if base_60 else tag
+
+
 def _read_yaml(path: Path) -> dict[str, Any]:
     """The mapping in a YAML file."""
     try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+        values = yaml.load(path.read_text(encoding="utf-8"), PlainNumbers)
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(
             f"Cannot read the recipe '{path}': {error}.", "Check the path, or see `xar recipes list`."
@@ -140,7 +150,7 @@ def _apply_override(values: dict[str, Any], override: str) -> None:
                 "See `xar recipes show tiny`.",
             )
     try:
-        value = yaml.safe_load(text)
+        value = yaml.load(text, PlainNumbers)
     except yaml.YAMLError:
         raise UserError(f"'--set {override}': '{text}' is not a YAML value.", "Quote it for your shell.") from None
     place.update(_merged(place, {last: value}))

@@ -13,14 +13,14 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PositiveInt,
 
 KL16_STRIDE = 16  # SPEC of the KL-16 tokenizer: 256 pixels -> 16 latent positions
 KL16_CHANNELS = 16
-MAX_STEPS = 1000  # the network tells 1001 timesteps apart; YAML also reads an unquoted 40:15 as 2415
+MAX_STEPS = 1000  # the network tells 1001 timesteps apart
 LR_BATCH_UNIT = 256  # lr = base_lr * global_batch_size / 256 (paper, section 4)
 
 
 class Section(BaseModel):
     """A part of the config: immutable, and a key it does not know is an error."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
 
 def square_or_pair(value: Any) -> int | tuple[int, int]:
@@ -308,8 +308,7 @@ def _check_num_steps(value: Any) -> Any:
         if all(0 < count <= MAX_STEPS for count in steps):
             return steps[0] if len(steps) == 1 else value
     raise ValueError(
-        f"must be a whole number from 1 to {MAX_STEPS}, or first and last of a schedule in quotes, '40:15' "
-        f"(got {value!r})"
+        f"must be a whole number from 1 to {MAX_STEPS}, or first and last of a schedule, 40:15 (got {value!r})"
     )
 
 

@@ -7,6 +7,8 @@ Legend: B batch, C channels, H and W the latent grid, N tokens of the sequence, 
 from __future__ import annotations
 
 from dataclasses import dataclass, fields, replace
+from functools import cached_property
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -40,10 +42,10 @@ class Grouping:
         """N, the tokens of the whole sequence."""
         return sum(self.lengths)
 
-    @property
+    @cached_property
     def ends(self) -> tuple[int, ...]:
         """For each entity, where its tokens end in the sequence."""
-        return tuple(sum(self.lengths[: j + 1]) for j in range(self.num_entities))
+        return tuple(accumulate(self.lengths))
 
     def span(self, entity: int) -> slice:
         """The place of one entity's tokens in the sequence."""

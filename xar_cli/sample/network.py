@@ -24,6 +24,7 @@ PACKED_ROWS = 512  # rows of a product that a weight is packed for; it serves an
 PRODUCTS = ("attention.qkv", "attention.proj", "mlp.fc1", "mlp.fc2")
 PARTS_AROUND_ATTENTION = ("before_attention", "after_attention")
 PARTS_BETWEEN_PRODUCTS = ("attention_input", "attention.split_heads", "mlp_input", "mlp.product", "add_mlp")
+COMPILED_SHAPES = 64  # of one part: entities of a scale differ in length, each comes with and without a null branch
 TABLE_BYTES = 512 * 1024**2  # modulation beyond this is computed again instead of kept
 
 
@@ -50,6 +51,7 @@ def prepare_network(model: XAR, precision: str, compiled: bool = False, packed: 
         if packed:
             replace_parts(block, PRODUCTS, PackedLinear)
         if compiled:
+            torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, COMPILED_SHAPES)
             parts = PARTS_BETWEEN_PRODUCTS if packed else PARTS_AROUND_ATTENTION
             replace_parts(block, parts, lambda part: torch.compile(part, dynamic=False))
     return model

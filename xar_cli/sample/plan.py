@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cache
 from itertools import accumulate
 
 import torch
@@ -39,10 +40,11 @@ class SamplingPlan:
     def of(cls, config: Config) -> SamplingPlan:
         """The plan of a recipe."""
         sample, entities = config.sample, build_grouping(config.entity, config.grid).num_entities
+        scale = sample.guidance_scale if config.data.num_classes else 1.0  # without classes both branches are one
         return cls(
             sample.solver,
             sample.entity_steps(entities),
-            tuple(guidance_scales(sample.guidance_schedule, sample.guidance_scale, entities)),
+            tuple(guidance_scales(sample.guidance_schedule, scale, entities)),
             sample.guidance_interval,
         )
 
@@ -84,7 +86,8 @@ class Evaluations:
         return self.conditional + self.null + self.commits
 
 
-def evaluation_times(solver: str, num_steps: int) -> list[float]:
+@cache
+def evaluation_times(solver: str, num_steps: int) -> tuple[float, ...]:
     """The timesteps at which a solver asks for the velocity, in its order."""
     times: list[float] = []
 
@@ -93,7 +96,7 @@ def evaluation_times(solver: str, num_steps: int) -> list[float]:
         return x
 
     SOLVERS[solver](note, torch.zeros(1), num_steps, lambda i: torch.zeros(1))
-    return times
+    return tuple(times)
 
 
 def flops_per_image(config: Config, plan: SamplingPlan) -> float:

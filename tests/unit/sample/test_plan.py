@@ -40,8 +40,8 @@ def test_guidance_interval_leaves_null_passes_out():
 
 
 def test_evaluation_times():
-    assert evaluation_times("euler", 4) == [1, 0.75, 0.5, 0.25]
-    assert evaluation_times("heun", 4) == [1, 0.5, 0.5, 0]
+    assert evaluation_times("euler", 4) == (1, 0.75, 0.5, 0.25)
+    assert evaluation_times("heun", 4) == (1, 0.5, 0.5, 0)
 
 
 @pytest.mark.parametrize(("name", "teraflop"), [("base", 4.32), ("large", 18.89), ("huge", 36.68)])
@@ -51,16 +51,36 @@ def test_necessary_work_of_the_published_settings(name, teraflop):
     assert flops_per_image(config, SamplingPlan.of(config)) / 1e12 == pytest.approx(teraflop, rel=0.02)
 
 
+@pytest.mark.parametrize("schedule", ["40:15", "10:5", "12:4", "'12:4'"])
+def test_a_schedule_needs_no_quotes(schedule, tmp_path):
+    """YAML 1.1 reads a bare 12:4 as 724, a number to the base 60."""
+    first, last = map(int, schedule.strip("'").split(":"))
+    recipe = tmp_path / "mine.yaml"
+    recipe.write_text(f"extends: base\nsample:\n  num_steps: {schedule}\n")
+    for config in (load_recipe("base", [f"sample.num_steps={schedule}"]), load_recipe(str(recipe))):
+        steps = SamplingPlan.of(config).num_steps
+        assert (steps[0], steps[-1]) == (first, last)
+
+
+def test_without_classes_no_null_branch_runs():
+    """Both branches would have the null label."""
+    plan = SamplingPlan.of(load_recipe("base", ["data.num_classes=0"]))
+    assert not plan.guided
+    assert plan.evaluations().null == 0
+
+
 @pytest.mark.parametrize(
     ("override", "words"),
     [
-        ("num_steps=40:15", "in quotes"),  # YAML reads a sexagesimal number
+        ("num_steps=2000:15", "1 to 1000"),
         ("num_steps='40:0'", "1 to 1000"),
         ("num_steps='40:1'", "2 or more"),
         ("num_steps='1:2:3'", "num_steps"),
         ("guidance_interval=[0.8, 0.1]", "rising"),
         ("guidance_schedule=steep", "guidance_schedule"),
         ("guidance_scale=-1", "guidance_scale"),
+        ("guidance_scale=.inf", "guidance_scale"),
+        ("guidance_interval=[.nan, 1]", "guidance_interval"),
     ],
 )
 def test_settings_that_make_no_sense(override, words):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from functools import partial
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from xar_cli.flow.solvers import SOLVERS
 from xar_cli.model import XAR
 from xar_cli.model.transformer import init_weights
 from xar_cli.precision import autocast
+from xar_cli.sample import network
 from xar_cli.sample.network import BatchNetwork, PackedLinear, prepare_network
 from xar_cli.sample.noise import AddressedNoise
 from xar_cli.sample.plan import SamplingPlan
@@ -187,6 +189,24 @@ def test_packed_weights_give_the_same_images(precision, tolerance):
         before = draw(prepare_network(small_model(), precision, packed=False), plan)
         after = draw(packed, plan)
     assert ((after - before).norm() / before.norm()).item() < tolerance
+
+
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize(
+    ("entity", "side"), [*((kind, "8") for kind in KINDS), ("{kind: scale, sizes: [1, 2, 4, 8, 16]}", "16")]
+)
+def test_every_kind_compiles_whole(monkeypatch, entity, side, packed):
+    """Lengths, with and without a null branch, make many shapes: none may run into Dynamo's limit and stay eager."""
+    torch._dynamo.reset()
+    whole = partial(torch.compile, backend="eager", fullgraph=True)
+    monkeypatch.setattr(network.torch, "compile", lambda part, dynamic: whole(part, dynamic=dynamic))
+    model = small_model(entity, image_size=side)
+    plan = plan_for(model, interval=(0.1, 0.8))
+    expected = draw(model, plan)
+    with torch._dynamo.config.patch(recompile_limit=8):  # as in a new process
+        ready = prepare_network(small_model(entity, image_size=side), "fp32", compiled=True, packed=packed)
+        found = draw(ready, plan)
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.slow

@@ -19,7 +19,7 @@ def forward_and_backward(*overrides):
     init_weights(model, torch.Generator().manual_seed(0))
     wrapped = parallel.spread(model.train(), config.train, ALONE)
     generator = torch.Generator().manual_seed(1)
-    x = torch.randn(2, 64, 1, generator=generator)
+    x = torch.randn(2, model.grouping.num_tokens, 1, generator=generator)
     torch.manual_seed(2)  # dropout
     out = wrapped(x, torch.rand(2, model.grouping.num_entities, generator=generator), torch.tensor([1, 2]))
     out.square().mean().backward()
@@ -34,7 +34,16 @@ def test_recomputing_activations_changes_nothing():
     assert all(grads_again[name].equal(grad) for name, grad in grads.items())
 
 
-@pytest.mark.parametrize("entity", ["{kind: cell, size: 4}", "{kind: token}"])  # token: 64 tokens in one masked call
+@pytest.mark.parametrize(
+    "entity",
+    [
+        "{kind: cell, size: 4}",
+        "{kind: token}",  # 64 tokens in one masked call
+        "{kind: subsample, stride: 2}",
+        "{kind: scale, sizes: [1, 2, 4, 8]}",
+        "{kind: image}",
+    ],
+)
 def test_one_graph_serves_all_blocks(monkeypatch, entity):
     torch._dynamo.reset()
     counter = CompileCounter()
