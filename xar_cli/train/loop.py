@@ -14,7 +14,7 @@ from typing import Any
 
 from torch import Tensor
 
-from xar_cli.checkpoint import Checkpoint, CheckpointWriter, latest_checkpoint
+from xar_cli.checkpoint import Checkpoint, CheckpointWriter, latest_checkpoint, set_aside_newer
 from xar_cli.config.schema import Config, Section
 from xar_cli.data.latents import LatentReader
 from xar_cli.data.loader import LatentLoader
@@ -88,8 +88,9 @@ def train(settings: TrainSettings) -> dict[str, Any]:
         What `--json` prints: run folder, steps, last loss, seconds.
 
     Raises:
-        UserError: the cache does not fit the recipe, the folder belongs to another run, the ranks differ, the loss
-            stays non-finite (exit code 1), the run was stopped by a signal (128 + its number).
+        UserError: the cache does not fit the recipe, the folder belongs to another run, none of its checkpoints is
+            whole, the ranks differ, the loss stays non-finite (exit code 1), the run was stopped by a signal (128 +
+            its number).
     """
     config, run = settings.config, RunDir(settings.out)
     with (
@@ -122,6 +123,7 @@ def train(settings: TrainSettings) -> dict[str, Any]:
             ranks.on_main(lambda: open_run(run, config, settings.data, reader, plan.as_dict()))
         else:
             ranks.on_main(lambda: check_data(run, reader))  # nothing is left to do, and nothing to take note of
+        ranks.on_main(lambda: set_aside_newer(run, state.step))
         ranks.on_main(lambda: cut_metrics(run, state.step))
         return _run_steps(state, plan, reader, run, ranks, preview)
 

@@ -7,7 +7,7 @@ import torch
 
 from tests import caches
 from tests.caches import make_cache
-from tests.runs import final_tensors, losses, settings, small_recipe
+from tests.runs import damage, final_tensors, losses, settings, small_recipe
 from xar_cli.errors import UserError
 from xar_cli.train import loop
 from xar_cli.train.loop import train
@@ -55,6 +55,35 @@ def test_resume_is_bit_for_bit(whole, data, tmp_path, monkeypatch, stop_at):
     assert all(found[name].equal(tensor) for name, tensor in expected.items())
     assert losses(out) == losses(whole)
     assert sorted(losses(out)) == list(range(1, 11))
+
+
+@pytest.mark.parametrize("keep_last", [1, 2])
+def test_training_goes_on_past_damaged_checkpoints(whole, data, tmp_path, keep_last):
+    """Steps 8 and 10 are damaged: the run goes on from 4, and its new checkpoints stay."""
+    out = tmp_path / "run"
+    train(settings(small_recipe("train.keep_last=3"), data, out))
+    damage(out, 8, 10)
+    train(settings(small_recipe(f"train.keep_last={keep_last}"), data, out, allow_recipe_change=True))
+    names = sorted(folder.name for folder in (out / "checkpoints").iterdir())
+    kept = ["step-00000008", "step-00000010"][-keep_last:]
+    assert names == ["damaged-step-00000008", "damaged-step-00000010", *kept]
+    expected, found = final_tensors(whole), final_tensors(out)
+    assert all(found[name].equal(tensor) for name, tensor in expected.items())
+    assert losses(out) == losses(whole)
+
+
+def files(out):
+    return {str(path.relative_to(out)): path.read_bytes() for path in out.rglob("*") if path.is_file()}
+
+
+def test_a_run_without_a_whole_checkpoint_does_not_begin_anew(data, tmp_path):
+    out = tmp_path / "run"
+    train(settings(small_recipe(), data, out))
+    damage(out, 8, 10)
+    before = files(out)
+    with pytest.raises(UserError, match=r"No checkpoint of the run .* is whole"):
+        train(settings(small_recipe(), data, out))
+    assert files(out) == before
 
 
 def test_dropout_is_on(whole, data, tmp_path):
