@@ -51,6 +51,11 @@ class RunDir:
         """Grids of fixed seeds made while training."""
         return self.root / "previews"
 
+    @property
+    def lock(self) -> Path:
+        """Held by the job that trains here."""
+        return self.root / ".lock"
+
     def exists(self) -> bool:
         """Whether a run has been started here."""
         return self.config.is_file()

@@ -40,7 +40,7 @@ from xar_cli.train.preflight import (
 )
 from xar_cli.train.preview import Measure, Preview
 from xar_cli.train.records import Records, check_loggers, check_login
-from xar_cli.train.run import check_agreement, check_cache, check_data, check_run, cut_metrics, open_run
+from xar_cli.train.run import check_agreement, check_cache, check_data, check_run, cut_metrics, only_job, open_run
 from xar_cli.train.signals import stop_signals
 from xar_cli.train.state import TrainState
 from xar_cli.train.step import take_step
@@ -88,14 +88,15 @@ def train(settings: TrainSettings) -> dict[str, Any]:
         What `--json` prints: run folder, steps, last loss, seconds.
 
     Raises:
-        UserError: the cache does not fit the recipe, the folder belongs to another run, none of its checkpoints is
-            whole, the ranks differ, the loss stays non-finite (exit code 1), the run was stopped by a signal (128 +
-            its number).
+        UserError: the cache does not fit the recipe, the folder belongs to another run or another job trains it, none
+            of its checkpoints is whole, the ranks differ, the loss stays non-finite (exit code 1), the run was stopped
+            by a signal (128 + its number).
     """
     config, run = settings.config, RunDir(settings.out)
     with (
         process_group(settings.device, settings.timeout) as ranks,
         ranks.on_all(lambda: LatentReader(settings.data, settings.in_memory)) as reader,
+        only_job(run, ranks),
     ):
         ranks.on_all(lambda: check_cache(reader, config))
         check_agreement(ranks, config, reader)

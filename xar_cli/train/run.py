@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from xar_cli.config import Config, dump_config, load_config_file
 from xar_cli.data.latents import LatentReader
 from xar_cli.distributed import Ranks
 from xar_cli.errors import UserError
+from xar_cli.lock import JobLock
 from xar_cli.logs import log, read_metrics
 from xar_cli.run_dir import RunDir, require_writable, write_atomic, write_json
 
@@ -42,6 +44,45 @@ def check_cache(reader: LatentReader, config: Config) -> None:
         )
 
 
+@contextmanager
+def only_job(run: RunDir, ranks: Ranks) -> Iterator[None]:
+    """The right to write a run folder, held by rank 0 for all ranks.
+
+    The system lets go of it when rank 0 dies, also by kill -9. A folder that is made for it goes again if no run
+    comes to be in it.
+
+    Raises:
+        UserError: another job has it, or the folder is no place for a run; on all ranks.
+    """
+    with ExitStack() as held:
+        ranks.on_main(lambda: held.enter_context(_locked(run)))
+        yield
+
+
+@contextmanager
+def _locked(run: RunDir) -> Iterator[None]:
+    _check_place(run)
+    made = [folder for folder in (run.root, *run.root.parents) if not folder.exists()]
+    try:
+        run.root.mkdir(parents=True, exist_ok=True)
+        lock = JobLock(run.lock, f"The run '{run.root}' is being trained")
+    except OSError as error:
+        _remove_empty(made)
+        raise UserError(
+            f"The run folder '{run.root}' cannot be written to: {error.strerror}.",
+            "Choose another --out or fix its permissions.",
+        ) from None
+    with lock:
+        lock.take()
+        try:
+            yield
+        finally:
+            if not run.exists():
+                with suppress(OSError):
+                    lock.remove()
+                _remove_empty(made)
+
+
 def check_run(out: Path, config: Config, needed_bytes: int, allow_change: bool = False) -> RunDir:
     """The run folder at `out`, fit to be started or gone on with; nothing is written.
 
@@ -58,8 +99,7 @@ def check_run(out: Path, config: Config, needed_bytes: int, allow_change: bool =
     if run.exists():
         _check_changes(run, config, allow_change)
         needed_bytes -= sum(file.stat().st_size for file in run.checkpoints.glob("step-*/*"))
-    elif out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise UserError(f"'{out}' is not empty and is not a run folder.", "Give another --out.")
+    _check_place(run)
     require_writable(out, max(needed_bytes, 0), "checkpoints")
     return run
 
@@ -133,6 +173,19 @@ def config_differences(old: Config, new: Config) -> dict[str, str]:
         for key in sorted({*before, *after})
         if before.get(key) != after.get(key) and key not in ALWAYS_FREE and key.split(".")[0] not in FREE_SECTIONS
     }
+
+
+def _check_place(run: RunDir) -> None:
+    """Raise a UserError where neither a run is, nor room for one."""
+    out = run.root
+    if out.exists() and not run.exists() and (not out.is_dir() or any(path != run.lock for path in out.iterdir())):
+        raise UserError(f"'{out}' is not empty and is not a run folder.", "Give another --out.")
+
+
+def _remove_empty(folders: Sequence[Path]) -> None:
+    for folder in folders:
+        with suppress(OSError):
+            folder.rmdir()
 
 
 def _check_changes(run: RunDir, config: Config, allow_change: bool) -> None:

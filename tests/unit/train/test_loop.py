@@ -1,5 +1,6 @@
 """One process: the run goes on bit for bit, and bad input is a sentence."""
 
+import errno
 import json
 
 import pytest
@@ -121,8 +122,30 @@ def test_a_missing_cache_writes_nothing(tmp_path):
 
 
 def test_too_small_a_cache_writes_nothing(data, tmp_path):
-    with pytest.raises(UserError, match="fewer than one global batch"):
-        train(settings(small_recipe("train.global_batch_size=64"), data, tmp_path / "run"))
+    (tmp_path / "empty").mkdir()
+    for out in ("runs/new/run", "empty"):
+        with pytest.raises(UserError, match="fewer than one global batch"):
+            train(settings(small_recipe("train.global_batch_size=64"), data, tmp_path / out))
+    assert [path.name for path in tmp_path.iterdir()] == ["empty"]
+    assert not list((tmp_path / "empty").iterdir())
+
+
+@pytest.mark.parametrize("out", ["photos", "photos/cat.png"])
+def test_a_place_of_something_else_is_left_alone(data, tmp_path, out):
+    (tmp_path / "photos").mkdir()
+    (tmp_path / "photos" / "cat.png").write_bytes(b"")
+    with pytest.raises(UserError, match="is not empty and is not a run folder"):
+        train(settings(small_recipe(), data, tmp_path / out))
+    assert [path.name for path in (tmp_path / "photos").iterdir()] == ["cat.png"]
+
+
+def test_a_folder_that_cannot_be_written_to(data, tmp_path, monkeypatch):
+    def refuse(*_):
+        raise PermissionError(errno.EACCES, "Permission denied")
+
+    monkeypatch.setattr("xar_cli.train.run.JobLock", refuse)
+    with pytest.raises(UserError, match="cannot be written to: Permission denied"):
+        train(settings(small_recipe(), data, tmp_path / "run"))
     assert not (tmp_path / "run").exists()
 
 
