@@ -56,6 +56,10 @@ class RunDir:
         """Held by the job that trains here."""
         return self.root / ".lock"
 
+    def left_by_a_kill(self) -> list[Path]:
+        """Files that were being written when a job died, as `write_atomic` names them."""
+        return [path for place in (self.config, self.identity, self.metrics) for path in temporary_files(place)]
+
     def exists(self) -> bool:
         """Whether a run has been started here."""
         return self.config.is_file()
@@ -82,6 +86,11 @@ def write_atomic(path: Path, data: bytes | str) -> None:
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def temporary_files(path: Path) -> list[Path]:
+    """What `write_atomic` left beside `path` where it was killed."""
+    return list(path.parent.glob(f".{path.name}.*.tmp"))
 
 
 def write_json(path: Path, value: Any) -> None:

@@ -120,6 +120,8 @@ def open_run(run: RunDir, config: Config, data: Path, reader: LatentReader, plan
     Raises:
         UserError: the run was made with another latent cache.
     """
+    for left in run.left_by_a_kill():
+        left.unlink(missing_ok=True)
     if not run.exists():
         identity = {
             "xar": __version__,
@@ -131,7 +133,7 @@ def open_run(run: RunDir, config: Config, data: Path, reader: LatentReader, plan
             "changes": [],
         }
         write_json(run.identity, identity)
-        write_atomic(run.config, dump_config(config))
+        write_atomic(run.config, dump_config(config))  # last: with it, the folder is a run
         return
     check_data(run, reader)
     identity = json.loads(run.identity.read_text(encoding="utf-8"))
@@ -178,8 +180,25 @@ def config_differences(old: Config, new: Config) -> dict[str, str]:
 def _check_place(run: RunDir) -> None:
     """Raise a UserError where neither a run is, nor room for one."""
     out = run.root
-    if out.exists() and not run.exists() and (not out.is_dir() or any(path != run.lock for path in out.iterdir())):
+    if not out.exists() or run.exists():
+        return
+    if not out.is_dir() or not set(out.iterdir()) <= _left_by_a_killed_start(run):
         raise UserError(f"'{out}' is not empty and is not a run folder.", "Give another --out.")
+
+
+def _left_by_a_killed_start(run: RunDir) -> set[Path]:
+    """What a job may leave that was killed before its run had come to be: the config is written last."""
+    ours = {run.lock, *run.left_by_a_kill()}
+    return ours | {run.identity} if "data_hash" in _identity(run) else ours
+
+
+def _identity(run: RunDir) -> dict[str, Any]:
+    """What run.json holds; empty where it is not there, or somebody else's."""
+    try:
+        found = json.loads(run.identity.read_text(encoding="utf-8"))
+    except (FileNotFoundError, ValueError):
+        return {}
+    return found if isinstance(found, dict) else {}
 
 
 def _remove_empty(folders: Sequence[Path]) -> None:

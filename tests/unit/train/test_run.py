@@ -1,4 +1,5 @@
 import json
+from pathlib import Path
 
 import pytest
 
@@ -99,6 +100,44 @@ def test_a_folder_of_something_else(tmp_path):
     (tmp_path / "photos" / "cat.png").write_bytes(b"")
     with pytest.raises(UserError, match="is not empty and is not a run folder"):
         check_run(tmp_path / "photos", small_recipe(), 0)
+
+
+@pytest.mark.parametrize("killed_at", ["run.json", "config.yaml", "between"])
+def test_a_start_that_was_killed_is_begun_again(tmp_path, reader, monkeypatch, killed_at):
+    """Killed inside either write, or between the two: what is left is taken over or removed."""
+    run, replace, written = RunDir(tmp_path / "run"), run_dir.os.replace, []
+
+    def kill(source, target):
+        written.append(target)
+        if target.name == killed_at:
+            raise KeyboardInterrupt
+        replace(source, target)
+        if killed_at == "between":
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(run_dir.os, "replace", kill)
+        patch.setattr(Path, "unlink", lambda *_, **__: None)  # no clearing up after SIGKILL
+        with pytest.raises(KeyboardInterrupt):
+            open_run(run, small_recipe(), tmp_path / "latents.h5", reader, PLAN)
+    run.lock.touch()
+    left = {path.name for path in run.root.iterdir()}
+    assert left > {".lock"}
+    assert "config.yaml" not in left
+    check_run(run.root, small_recipe(), 0)
+    open_run(run, small_recipe(), tmp_path / "latents.h5", reader, PLAN)
+    assert sorted(path.name for path in run.root.iterdir()) == [".lock", "config.yaml", "run.json"]
+    assert load_config_file(run.config) == small_recipe()
+
+
+@pytest.mark.parametrize("content", ["{}", "[1]", "run: 5", '{"data_hash": 1}'])
+def test_somebody_elses_run_json_is_not_taken_over(tmp_path, content):
+    (tmp_path / "theirs").mkdir()
+    (tmp_path / "theirs" / "run.json").write_text(content)
+    if "data_hash" in content:  # ours, but beside other things
+        (tmp_path / "theirs" / "cat.png").write_bytes(b"")
+    with pytest.raises(UserError, match="is not empty and is not a run folder"):
+        check_run(tmp_path / "theirs", small_recipe(), 0)
 
 
 def test_no_disk_space(tmp_path):
