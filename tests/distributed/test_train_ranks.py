@@ -69,6 +69,8 @@ def said(data, folder):
         "draws", *PLAIN, *looks, "train.parallel=fsdp", "evaluate.protocol=digits", more={"reference": reference}
     )
     jobs["draws ddp"] = job("draws ddp", *PLAIN, *looks, "evaluate.protocol=digits", more={"reference": reference})
+    train(settings(small_recipe(*PLAIN), data, folder / "origin"))
+    jobs["from weights"] = job("from weights", *PLAIN, more={"init_from": str(folder / "origin")})
     for name, steps in {"newest damaged": (8, 10), "all damaged": (4, 8, 10)}.items():
         jobs[name] = job(name, *PLAIN, "train.keep_last=3")
         train(settings(small_recipe(*PLAIN, "train.keep_last=3"), data, folder / name))
@@ -198,3 +200,11 @@ def test_without_a_whole_checkpoint_all_ranks_say_so(said, folder):
     assert said["all damaged"][0].startswith("No checkpoint of the run")
     assert said["all damaged"][0] == said["all damaged"][1]
     assert sorted(losses(folder / "all damaged")) == list(range(1, 11))
+
+
+def test_ranks_start_from_the_same_weights(said, data, folder):
+    assert said["from weights"] == ["done", "done"]
+    train(settings(small_recipe(*PLAIN), data, folder / "from weights alone", init_from=str(folder / "origin")))
+    alone, together = losses(folder / "from weights alone"), losses(folder / "from weights")
+    assert list(together.values()) == pytest.approx(list(alone.values()), rel=1e-5)
+    assert together[1] != pytest.approx(losses(folder / "origin")[1], rel=1e-3)

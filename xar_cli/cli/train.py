@@ -79,7 +79,9 @@ def train(
     launch.check()
     out = out or Path("runs") / config.name
     if dry_run:
-        plan = dry_run_plan(config, data, out, launch.world_size, allow_recipe_change, device, launch.nproc_per_node)
+        plan = dry_run_plan(
+            config, data, out, launch.world_size, allow_recipe_change, device, launch.nproc_per_node, init_from
+        )
         if as_json:
             typer.echo(json.dumps(plan.as_dict()))
         else:

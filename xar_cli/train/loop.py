@@ -40,7 +40,16 @@ from xar_cli.train.preflight import (
 )
 from xar_cli.train.preview import Measure, Preview
 from xar_cli.train.records import Records, check_loggers, check_login
-from xar_cli.train.run import check_agreement, check_cache, check_data, check_run, cut_metrics, only_job, open_run
+from xar_cli.train.run import (
+    check_agreement,
+    check_cache,
+    check_data,
+    check_run,
+    check_start,
+    cut_metrics,
+    only_job,
+    open_run,
+)
 from xar_cli.train.signals import stop_signals
 from xar_cli.train.state import TrainState
 from xar_cli.train.step import take_step
@@ -88,9 +97,9 @@ def train(settings: TrainSettings) -> dict[str, Any]:
         What `--json` prints: run folder, steps, last loss, seconds.
 
     Raises:
-        UserError: the cache does not fit the recipe, the folder belongs to another run or another job trains it, none
-            of its checkpoints is whole, the ranks differ, the loss stays non-finite (exit code 1), the run was stopped
-            by a signal (128 + its number).
+        UserError: the cache does not fit the recipe, the folder belongs to another run (or was started from other
+            weights), another job trains it, none of its checkpoints is whole, the ranks differ, the loss stays
+            non-finite (exit code 1), the run was stopped by a signal (128 + its number).
     """
     config, run = settings.config, RunDir(settings.out)
     with (
@@ -103,6 +112,7 @@ def train(settings: TrainSettings) -> dict[str, Any]:
         ranks.on_main(lambda: check_loggers(config.train.loggers))
         ranks.on_main(lambda: check_login(config.train.loggers))
         newest = ranks.on_main(lambda: _newest(run))
+        ranks.on_main(lambda: check_start(run, settings.init_from, newest is not None))
         before = _batch_before(ranks, newest)
         plan = make_plan(config, ranks.world_size, reader.num_samples, batch_limit(config, ranks, before))
         ranks.on_main(lambda: check_run(settings.out, config, plan.disk_bytes, settings.allow_recipe_change) and None)
@@ -110,18 +120,20 @@ def train(settings: TrainSettings) -> dict[str, Any]:
 
         set_matmul_precision(config.train.precision)
         state = TrainState.fresh(config, ranks.device, ranks)
+        start: dict[str, Any] | None = None
         if newest is not None:
             state.load(newest)
             _say_where(run, state, plan, newest, ranks)
-        elif settings.init_from is not None:
-            init_from(state, settings.init_from, reader.class_names)
+        else:
+            source = settings.init_from
+            start = {"init_from": init_from(state, source, reader.class_names, ranks) if source is not None else None}
         if state.step < plan.total_steps:
             if config.train.max_batch_per_rank == AUTO and before is None and ranks.device.type in PROBED_DEVICES:
                 plan = _probed_plan(state, plan, reader, ranks)
             plan = with_memory(plan, ranks)
             with closing(batches_from(config, plan, reader, ranks, state.step)) as batches:
                 ranks.on_all(lambda: first_batch(state, plan, batches, ranks))
-            ranks.on_main(lambda: open_run(run, config, settings.data, reader, plan.as_dict()))
+            ranks.on_main(lambda: open_run(run, config, settings.data, reader, plan.as_dict(), start))
         else:
             ranks.on_main(lambda: check_data(run, reader))  # nothing is left to do, and nothing to take note of
         ranks.on_main(lambda: set_aside_newer(run, state.step))
@@ -137,6 +149,7 @@ def dry_run_plan(
     allow_recipe_change: bool = False,
     device: str = "auto",
     ranks_here: int = 1,
+    init_from: str | None = None,
 ) -> TrainPlan:
     """The plan of a run, with every check that can be made before it starts; nothing is written.
 
@@ -151,6 +164,7 @@ def dry_run_plan(
         allow_recipe_change: as for the run.
         device: as for the run.
         ranks_here: ranks of this machine; on a CPU they share its memory.
+        init_from: as for the run.
     """
     check_loggers(config.train.loggers)
     if data is None:
@@ -162,7 +176,8 @@ def dry_run_plan(
     with LatentReader(data) as reader:
         check_cache(reader, config)
         plan = make_plan(config, world_size, reader.num_samples, limit)
-    check_run(out, config, plan.disk_bytes, allow_recipe_change)
+    run = check_run(out, config, plan.disk_bytes, allow_recipe_change)
+    check_start(run, init_from, goes_on=any(run.checkpoints.glob("step-*")))
     return replace(plan, device_bytes=memory_of_rank(picked, ranks_here))
 
 

@@ -17,6 +17,7 @@ from xar_cli.errors import UserError
 from xar_cli.lock import JobLock
 from xar_cli.logs import log, read_metrics
 from xar_cli.run_dir import RunDir, require_writable, write_atomic, write_json
+from xar_cli.train.initial import source_name
 
 # Changes under which a run stays the run it is; --allow-recipe-change accepts them.
 HARMLESS = frozenset({
@@ -104,6 +105,39 @@ def check_run(out: Path, config: Config, needed_bytes: int, allow_change: bool =
     return run
 
 
+def check_start(run: RunDir, init_from: str | None, goes_on: bool) -> None:
+    """Raise a UserError where a run was started from other weights than now asked for.
+
+    Args:
+        run: the run folder; its run.json tells what the run was started from.
+        init_from: what `--init-from` says.
+        goes_on: whether there is a checkpoint: then the option may be left away.
+    """
+    identity = _identity(run)
+    if "init_from" not in identity:  # a new run, or one of a version that did not write it down
+        if init_from is not None and goes_on:
+            log.warning("--init-from has no effect: the run goes on from its checkpoint.")
+        return
+    given = source_name(init_from) if init_from is not None else None
+    recorded = identity["init_from"]["source"] if identity["init_from"] else None
+    if given == recorded or (given is None and goes_on):
+        return
+    if recorded is None:
+        raise UserError(
+            f"The run '{run.root}' was started without --init-from.",
+            "Leave --init-from away, or give another --out.",
+        )
+    if given is None:
+        raise UserError(
+            f"The run '{run.root}' was started from '{recorded}' and has no checkpoint yet.",
+            f"Repeat --init-from {recorded}, or give another --out.",
+        )
+    raise UserError(
+        f"The run '{run.root}' was started from '{recorded}', not from '{given}'.",
+        f"Give --init-from {recorded}, or another --out.",
+    )
+
+
 def check_data(run: RunDir, reader: LatentReader) -> None:
     """Raise a UserError where a run was made with another latent cache."""
     identity = json.loads(run.identity.read_text(encoding="utf-8"))
@@ -114,8 +148,23 @@ def check_data(run: RunDir, reader: LatentReader) -> None:
         )
 
 
-def open_run(run: RunDir, config: Config, data: Path, reader: LatentReader, plan: Mapping[str, Any]) -> None:
-    """Create the run folder, or take note in the one there that its recipe has changed.
+def open_run(
+    run: RunDir,
+    config: Config,
+    data: Path,
+    reader: LatentReader,
+    plan: Mapping[str, Any],
+    start: Mapping[str, Any] | None = None,
+) -> None:
+    """Create the run folder, or take note in the one there of what has changed.
+
+    Args:
+        run: the run folder.
+        config: the recipe.
+        data: the latent cache.
+        reader: the same, open.
+        plan: how the run is cut.
+        start: what a run that begins at step 0 tells of its start (`init_from`); None where it goes on.
 
     Raises:
         UserError: the run was made with another latent cache.
@@ -129,6 +178,7 @@ def open_run(run: RunDir, config: Config, data: Path, reader: LatentReader, plan
             "data_hash": reader.content_hash,
             "class_names": list(reader.class_names),
             "class_titles": list(reader.class_titles),
+            **(start or {}),
             "plan": dict(plan),
             "changes": [],
         }
@@ -138,9 +188,10 @@ def open_run(run: RunDir, config: Config, data: Path, reader: LatentReader, plan
     check_data(run, reader)
     identity = json.loads(run.identity.read_text(encoding="utf-8"))
     differences = config_differences(load_config_file(run.config), config)
-    if differences or identity.get("plan") != dict(plan):
-        changes = [*identity.get("changes", []), *([list(differences.values())] if differences else [])]
-        write_json(run.identity, {**identity, "plan": dict(plan), "changes": changes})
+    changes = [*identity.get("changes", []), *([list(differences.values())] if differences else [])]
+    updated = {**identity, **(start or {}), "plan": dict(plan), "changes": changes}
+    if updated != identity:
+        write_json(run.identity, updated)
         write_atomic(run.config, dump_config(config))
 
 

@@ -10,8 +10,10 @@ from tests import caches
 from tests.caches import make_cache
 from tests.runs import damage, final_tensors, losses, settings, small_recipe
 from xar_cli.errors import UserError
+from xar_cli.hub import sha256_of
+from xar_cli.logs import log
 from xar_cli.train import loop
-from xar_cli.train.loop import train
+from xar_cli.train.loop import dry_run_plan, train
 
 
 @pytest.fixture(scope="module")
@@ -31,7 +33,7 @@ class StopError(Exception):
     pass
 
 
-def train_until(monkeypatch, step, *arguments):
+def train_until(monkeypatch, step, *arguments, **more):
     """Train, and fail when optimizer step `step` is about to be taken."""
     take_step = loop.take_step
 
@@ -43,7 +45,7 @@ def train_until(monkeypatch, step, *arguments):
     with monkeypatch.context() as patch:
         patch.setattr(loop, "take_step", fail)
         with pytest.raises(StopError):
-            train(settings(*arguments))
+            train(settings(*arguments, **more))
 
 
 @pytest.mark.parametrize("stop_at", [3, 5, 9])  # before the first checkpoint, in the second epoch, after the second
@@ -85,6 +87,52 @@ def test_a_run_without_a_whole_checkpoint_does_not_begin_anew(data, tmp_path):
     with pytest.raises(UserError, match=r"No checkpoint of the run .* is whole"):
         train(settings(small_recipe(), data, out))
     assert files(out) == before
+
+
+def first_loss(out):
+    return losses(out)[1]
+
+
+def test_what_a_run_was_started_from_stays(whole, data, tmp_path, monkeypatch):
+    """Killed before the first checkpoint, the command must say it again; afterwards it need not."""
+    out, config, other = tmp_path / "run", small_recipe("train.base_lr=0.01"), tmp_path / "other"
+    train_until(monkeypatch, 2, config, data, out, init_from=str(whole))
+    began = first_loss(out)
+    with pytest.raises(UserError, match=r"was started from '.*' and has no checkpoint yet"):
+        train(settings(config, data, out))
+    with pytest.raises(UserError, match="has no checkpoint yet"):
+        dry_run_plan(config, data, out, 1, device="cpu")
+    train_until(monkeypatch, 6, config, data, out, init_from=str(whole))
+    assert first_loss(out) == began != first_loss(whole)
+    recorded = json.loads((out / "run.json").read_text())["init_from"]
+    file = whole / "checkpoints" / "step-00000010" / "ema-0.9.safetensors"
+    assert recorded == {"source": str(whole), "file": str(file), "sha256": sha256_of(file)}
+    with pytest.raises(UserError, match=r"was started from '.*', not from '.*other'"):
+        train(settings(config, data, out, init_from=str(other)))
+    monkeypatch.chdir(whole.parent)
+    train_until(monkeypatch, 7, config, data, out, init_from=whole.name)
+    train(settings(config, data, out))
+    assert sorted(losses(out)) == list(range(1, 11))
+    assert first_loss(out) == began
+    assert json.loads((out / "run.json").read_text())["init_from"] == recorded
+
+
+@pytest.mark.parametrize("stop_at", [2, 6])  # before the first checkpoint and after
+def test_a_run_from_nothing_takes_no_weights_later(whole, data, tmp_path, monkeypatch, stop_at):
+    train_until(monkeypatch, stop_at, small_recipe(), data, tmp_path / "run")
+    with pytest.raises(UserError, match="was started without --init-from"):
+        train(settings(small_recipe(), data, tmp_path / "run", init_from=str(whole)))
+
+
+def test_a_run_of_an_older_version_goes_on_with_the_same_command(whole, data, tmp_path, monkeypatch, caplog):
+    monkeypatch.setattr(log, "propagate", True)
+    identity = tmp_path / "run" / "run.json"
+    train_until(monkeypatch, 6, small_recipe(), data, tmp_path / "run", init_from=str(whole))
+    content = json.loads(identity.read_text())
+    del content["init_from"]
+    identity.write_text(json.dumps(content))
+    train(settings(small_recipe(), data, tmp_path / "run", init_from=str(whole)))
+    assert "--init-from has no effect" in caplog.text
 
 
 def test_dropout_is_on(whole, data, tmp_path):
