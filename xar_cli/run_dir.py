@@ -37,6 +37,11 @@ class RunDir:
         return self.root / "metrics.jsonl"
 
     @property
+    def skipped_steps(self) -> Path:
+        """One JSON object a line, one line each step that was not finite."""
+        return self.root / "skipped_steps.jsonl"
+
+    @property
     def checkpoints(self) -> Path:
         """Folders `step-00001234`, one a checkpoint."""
         return self.root / "checkpoints"
@@ -58,7 +63,8 @@ class RunDir:
 
     def left_by_a_kill(self) -> list[Path]:
         """Files that were being written when a job died, as `write_atomic` names them."""
-        return [path for place in (self.config, self.identity, self.metrics) for path in temporary_files(place)]
+        places = (self.config, self.identity, self.metrics, self.skipped_steps)
+        return [path for place in places for path in temporary_files(place)]
 
     def exists(self) -> bool:
         """Whether a run has been started here."""

@@ -46,7 +46,7 @@ from xar_cli.train.run import (
     check_data,
     check_run,
     check_start,
-    cut_metrics,
+    cut_records,
     only_job,
     open_run,
 )
@@ -137,7 +137,7 @@ def train(settings: TrainSettings) -> dict[str, Any]:
         else:
             ranks.on_main(lambda: check_data(run, reader))  # nothing is left to do, and nothing to take note of
         ranks.on_main(lambda: set_aside_newer(run, state.step))
-        ranks.on_main(lambda: cut_metrics(run, state.step))
+        ranks.on_main(lambda: cut_records(run, state.step))
         return _run_steps(state, plan, reader, run, ranks, preview)
 
 

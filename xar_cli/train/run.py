@@ -209,13 +209,22 @@ def check_agreement(ranks: Ranks, config: Config, reader: LatentReader) -> None:
             )
 
 
-def cut_metrics(run: RunDir, step: int) -> None:
-    """Drop the records after `step` from metrics.jsonl: the steps that are about to be taken again."""
-    records = read_metrics(run.metrics)
-    kept = [record for record in records if record["step"] <= step]
-    if len(kept) != len(records):
-        log.info("%d records after step %d leave %s.", len(records) - len(kept), step, run.metrics.name)
-        write_atomic(run.metrics, "".join(json.dumps(record) + "\n" for record in kept))
+def cut_records(run: RunDir, step: int) -> None:
+    """Drop what metrics.jsonl and skipped_steps.jsonl tell of steps after `step`, which are about to be taken again.
+
+    A torn last line, left by a kill, goes too.
+    """
+    for path in (run.metrics, run.skipped_steps):
+        records = read_metrics(path)
+        kept = [record for record in records if record["step"] <= step]
+        if len(kept) != len(records):
+            log.info("%d records after step %d leave %s.", len(records) - len(kept), step, path.name)
+        if len(kept) != len(records) or _ends_torn(path):
+            write_atomic(path, "".join(json.dumps(record) + "\n" for record in kept))
+
+
+def _ends_torn(path: Path) -> bool:
+    return path.exists() and path.read_bytes()[-1:] not in (b"", b"\n")
 
 
 def config_differences(old: Config, new: Config) -> dict[str, str]:

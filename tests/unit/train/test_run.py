@@ -11,7 +11,7 @@ from xar_cli.data.latents import LatentReader
 from xar_cli.errors import UserError
 from xar_cli.logs import MetricsWriter, read_metrics
 from xar_cli.run_dir import RunDir
-from xar_cli.train.run import HARMLESS, STEERING, check_cache, check_run, config_differences, cut_metrics, open_run
+from xar_cli.train.run import HARMLESS, STEERING, check_cache, check_run, config_differences, cut_records, open_run
 
 PLAN = {"total_steps": 10}
 
@@ -163,13 +163,20 @@ def test_mirror_without_mirror_images(tmp_path):
         check_cache(reader, small_recipe())
 
 
-def test_metrics_are_cut_back_to_the_checkpoint(run):
-    writer = MetricsWriter(run.metrics)
-    for step in range(1, 8):
-        writer.write(step=step, loss=1.0)
+@pytest.mark.parametrize("name", ["metrics.jsonl", "skipped_steps.jsonl"])
+@pytest.mark.parametrize("torn", ["", '{"step": 4, "lo'])
+@pytest.mark.parametrize("last", [4, 7])  # with something to cut, and without
+def test_records_are_cut_back_to_the_checkpoint(run, name, torn, last):
+    path = run.root / name
+    writer = MetricsWriter(path)
+    for step in range(1, last + 1):
+        writer.write(step=step, loss=float("nan") if step == 3 else 1.0)
     writer.close()
-    cut_metrics(run, 4)
-    assert [record["step"] for record in read_metrics(run.metrics)] == [1, 2, 3, 4]
+    whole = path.read_text()
+    path.write_text(whole + torn)
+    cut_records(run, 4)
+    assert [record["step"] for record in read_metrics(path)] == [1, 2, 3, 4]
+    assert path.read_text() == "".join(whole.splitlines(keepends=True)[:4])
 
 
 def test_a_folder_that_cannot_be_written_to(tmp_path, monkeypatch):
