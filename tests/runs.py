@@ -47,3 +47,9 @@ def final_tensors(out: Path) -> dict[str, torch.Tensor]:
     checkpoint = latest_checkpoint(RunDir(out))
     assert checkpoint is not None
     return {f"{group}/{name}": t for group in checkpoint.groups for name, t in checkpoint.tensors(group).items()}
+
+
+def damage(out: Path, *steps: int) -> None:
+    """Tear a file of some checkpoints of a run."""
+    for step in steps:
+        (out / "checkpoints" / f"step-{step:08d}" / "model.safetensors").write_bytes(b"torn")

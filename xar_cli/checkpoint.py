@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import zlib
 from collections.abc import Mapping
@@ -26,6 +27,8 @@ from xar_cli.logs import log
 from xar_cli.run_dir import RunDir
 
 STATE_FILE = "state.json"
+MEND = "Mend its permissions or its disk, and run the command again."
+SET_ASIDE = "damaged-"  # before the name of a folder that is no longer counted
 TensorGroups = Mapping[str, Mapping[str, Tensor]]
 
 
@@ -87,13 +90,45 @@ def write_checkpoint(run: RunDir, step: int, groups: TensorGroups, state: Mappin
 
 
 def latest_checkpoint(run: RunDir) -> Checkpoint | None:
-    """The newest whole checkpoint of a run, or None; damaged ones are passed over with a warning."""
-    for folder in sorted(run.checkpoints.glob("step-*"), reverse=True):
+    """The newest whole checkpoint of a run, or None where there is none at all; nothing on disk is changed.
+
+    Damaged ones are passed over with a warning. One that cannot be read is not called damaged: it may be whole.
+
+    Raises:
+        UserError: there are checkpoints and none is whole, or the newest ones cannot be read.
+    """
+    faults: dict[str, str] = {}
+    for folder in reversed(_folders_to_read(run)):
         fault = _fault(folder)
         if fault is None:
+            for name, why in faults.items():
+                log.warning("Checkpoint %s is damaged (%s); %s is used.", run.checkpoints / name, why, folder.name)
             return open_checkpoint(folder)
-        log.warning("Checkpoint %s is damaged (%s); the one before it is used.", folder, fault)
+        faults[folder.name] = fault
+    if faults:
+        listed = "; ".join(f"{name}: {why}" for name, why in faults.items())
+        raise UserError(
+            f"No checkpoint of the run '{run.root}' is whole ({listed}).",
+            f"Put a sound copy into '{run.checkpoints}', or begin another run folder; this one was left as it is.",
+        )
     return None
+
+
+def set_aside_newer(run: RunDir, step: int) -> None:
+    """Rename the checkpoints after `step`, which were found damaged, to `damaged-step-...`; none is deleted.
+
+    Raises:
+        UserError: one cannot be renamed.
+    """
+    for folder in _folders_to_read(run):
+        if _step_of(folder) > step:
+            try:
+                _set_aside(folder)
+            except OSError as error:
+                raise UserError(
+                    f"The damaged checkpoint '{folder}' cannot be renamed: {error.strerror}.",
+                    "Mend the permissions of its folder, or move it away yourself.",
+                ) from None
 
 
 def open_checkpoint(folder: Path) -> Checkpoint:
@@ -187,8 +222,16 @@ class CheckpointWriter:
             )  # fmt: skip
             return
         self.fault = None
-        for folder in sorted(self._run.checkpoints.glob("step-*"))[: -self._keep_last]:
-            if not (self._keep_every and int(folder.name.removeprefix("step-")) % self._keep_every == 0):
+        try:
+            self._remove_old(step)
+        except OSError as error:
+            log.warning("Old checkpoints could not be looked for: %s.", error)
+
+    def _remove_old(self, newest: int) -> None:
+        """Remove what is no longer kept; the checkpoint of step `newest`, and what lies after it, is never touched."""
+        older = [folder for folder in _folders(self._run) if _step_of(folder) < newest]
+        for folder in older[: max(0, len(older) - (self._keep_last - 1))]:
+            if not (self._keep_every and _step_of(folder) % self._keep_every == 0):
                 try:
                     shutil.rmtree(folder)
                 except OSError as error:  # a network drive may still hold a file of it
@@ -209,8 +252,38 @@ def _folder(run: RunDir, step: int) -> Path:
     return run.checkpoints / f"step-{step:08d}"
 
 
+def _folders(run: RunDir) -> list[Path]:
+    """All checkpoint folders of a run, whole or not, oldest first."""
+    try:
+        names = os.listdir(run.checkpoints)  # a glob would take a folder that cannot be read for an empty one
+    except FileNotFoundError:
+        return []
+    return sorted((run.checkpoints / name for name in names if re.fullmatch(r"step-\d+", name)), key=_step_of)
+
+
+def _folders_to_read(run: RunDir) -> list[Path]:
+    """`_folders`, with a folder that cannot be read told as a UserError."""
+    try:
+        return _folders(run)
+    except OSError as error:
+        raise UserError(f"'{run.checkpoints}' cannot be read: {error.strerror}.", MEND) from None
+
+
+def _step_of(folder: Path) -> int:
+    return int(folder.name.removeprefix("step-"))
+
+
+def _set_aside(folder: Path) -> None:
+    target, copies = folder.with_name(SET_ASIDE + folder.name), 1
+    while target.exists():
+        copies += 1
+        target = folder.with_name(f"{SET_ASIDE}{folder.name}-{copies}")
+    folder.rename(target)
+    log.warning("The damaged %s is kept as %s.", folder.name, target.name)
+
+
 def _fault(folder: Path) -> str | None:
-    """What is wrong with a checkpoint folder, or None."""
+    """What is wrong with a checkpoint folder, or None; a UserError where the system does not let it be read."""
     try:
         state = json.loads((folder / STATE_FILE).read_text(encoding="utf-8"))
         for name, expected in state["files"].items():
@@ -218,8 +291,15 @@ def _fault(folder: Path) -> str | None:
                 return f"{name} has the wrong size"
             if _crc32(folder / name) != expected["crc32"]:
                 return f"{name} fails its checksum"
-    except (OSError, ValueError, KeyError) as error:
-        return f"{type(error).__name__}: {error}"
+    except (FileNotFoundError, NotADirectoryError) as error:
+        return f"{Path(error.filename).name} is missing"
+    except OSError as error:
+        raise UserError(
+            f"'{error.filename or folder}' cannot be read: {error.strerror}.",
+            f"{MEND} If it is lost, rename '{folder}': then the checkpoint before it is used.",
+        ) from None
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        return f"{STATE_FILE} is no checkpoint's: {type(error).__name__}: {error}"
     return None
 
 

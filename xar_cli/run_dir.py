@@ -42,6 +42,11 @@ class RunDir:
         return self.root / "metrics.jsonl"
 
     @property
+    def skipped_steps(self) -> Path:
+        """One JSON object a line, one line each step that was not finite."""
+        return self.root / "skipped_steps.jsonl"
+
+    @property
     def checkpoints(self) -> Path:
         """Folders `step-00001234`, one a checkpoint."""
         return self.root / "checkpoints"
@@ -60,6 +65,16 @@ class RunDir:
     def features(self) -> Path:
         """Features of the reference, for the evaluations made while training."""
         return self.root / "features"
+
+    @property
+    def lock(self) -> Path:
+        """Held by the job that trains here."""
+        return self.root / ".lock"
+
+    def left_by_a_kill(self) -> list[Path]:
+        """Files that were being written when a job died, as `write_atomic` names them."""
+        places = (self.config, self.identity, self.metrics, self.skipped_steps)
+        return [path for place in places for path in temporary_files(place)]
 
     def exists(self) -> bool:
         """Whether a run has been started here."""
@@ -87,6 +102,11 @@ def write_atomic(path: Path, data: bytes | str) -> None:
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def temporary_files(path: Path) -> list[Path]:
+    """What `write_atomic` left beside `path` where it was killed."""
+    return list(path.parent.glob(f".{path.name}.*.tmp"))
 
 
 def write_json(path: Path, value: Any) -> None:

@@ -6,7 +6,7 @@ import pytest
 
 from tests.caches import make_cache, make_images, make_layout
 from tests.distributed.ranks import run_jobs
-from tests.runs import final_tensors, losses, settings, small_recipe
+from tests.runs import damage, final_tensors, losses, settings, small_recipe
 from xar_cli.checkpoint import latest_checkpoint
 from xar_cli.logs import read_metrics
 from xar_cli.run_dir import RunDir
@@ -69,6 +69,12 @@ def said(data, folder):
         "draws", *PLAIN, *looks, "train.parallel=fsdp", "evaluate.protocol=digits", more={"reference": reference}
     )
     jobs["draws ddp"] = job("draws ddp", *PLAIN, *looks, "evaluate.protocol=digits", more={"reference": reference})
+    train(settings(small_recipe(*PLAIN), data, folder / "origin"))
+    jobs["from weights"] = job("from weights", *PLAIN, more={"init_from": str(folder / "origin")})
+    for name, steps in {"newest damaged": (8, 10), "all damaged": (4, 8, 10)}.items():
+        jobs[name] = job(name, *PLAIN, "train.keep_last=3")
+        train(settings(small_recipe(*PLAIN, "train.keep_last=3"), data, folder / name))
+        damage(folder / name, *steps)
     return run_jobs(jobs, folder)
 
 
@@ -179,3 +185,26 @@ def test_all_ranks_draw_for_the_evaluation(said, data, folder):
         assert found.keys() == alone.keys()
         for step, expected in alone.items():
             assert found[step] == pytest.approx(expected, rel=1e-3)
+
+
+def test_ranks_go_on_together_past_damaged_checkpoints(said, one_rank, folder):
+    out = folder / "newest damaged"
+    assert said["newest damaged"] == ["done", "done"]
+    names = sorted(path.name for path in RunDir(out).checkpoints.iterdir())
+    aside = ["damaged-step-00000008", "damaged-step-00000010"]
+    assert names == [*aside, "step-00000004", "step-00000008", "step-00000010"]
+    assert list(losses(out).values()) == pytest.approx(list(one_rank.values()), rel=1e-5)
+
+
+def test_without_a_whole_checkpoint_all_ranks_say_so(said, folder):
+    assert said["all damaged"][0].startswith("No checkpoint of the run")
+    assert said["all damaged"][0] == said["all damaged"][1]
+    assert sorted(losses(folder / "all damaged")) == list(range(1, 11))
+
+
+def test_ranks_start_from_the_same_weights(said, data, folder):
+    assert said["from weights"] == ["done", "done"]
+    train(settings(small_recipe(*PLAIN), data, folder / "from weights alone", init_from=str(folder / "origin")))
+    alone, together = losses(folder / "from weights alone"), losses(folder / "from weights")
+    assert list(together.values()) == pytest.approx(list(alone.values()), rel=1e-5)
+    assert together[1] != pytest.approx(losses(folder / "origin")[1], rel=1e-3)

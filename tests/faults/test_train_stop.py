@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -29,11 +30,13 @@ def data(tmp_path_factory):
 
 def start(data, out, *options):
     sets = [part for override in (*PIXEL_OVERRIDES, *SMALL, *LONG) for part in ("--set", override)]
-    command = [
-        sys.executable, "-m", "xar_cli", "train", "--recipe", "tiny", "--data", str(data), "--out", str(out),
-        "--device", "cpu", *sets, *options,
-    ]  # fmt: skip
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    return run_xar(
+        "train", "--recipe", "tiny", "--data", str(data), "--out", str(out), "--device", "cpu", *sets, *options
+    )
+
+
+def run_xar(*arguments):
+    command, environment = [sys.executable, "-m", "xar_cli", *arguments], {**os.environ, "OMP_NUM_THREADS": "1"}
     return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
@@ -84,6 +87,30 @@ def test_sigkill_then_sigterm_then_to_the_end(data, whole, tmp_path):
     kept = sorted(int(folder.name.removeprefix("step-")) for folder in RunDir(out).checkpoints.glob("step-*"))
     assert set(kept) == {36, 72, 108, 116}  # each 36th, and the last two
     assert not list(RunDir(out).checkpoints.glob(".*"))
+
+
+def test_a_second_job_is_refused_while_the_first_lives(data, tmp_path):
+    """By all of its ranks, and at once; looking at the run needs no lock, and a kill leaves none."""
+    out = tmp_path / "run"
+    first = start(data, out)
+    try:
+        wait_for_step(first, out, 3)
+        os.kill(first.pid, signal.SIGSTOP)  # it lives, and cannot finish
+        others = [start(data, out), start(data, out, "--nproc-per-node", "2")]
+        look = [start(data, out, "--dry-run"), run_xar("status", str(out))]
+        for other in others:
+            said = other.communicate(timeout=120)[1]
+            assert other.returncode == 2, said
+            assert f"is being trained by process {first.pid} on {socket.gethostname()}" in said
+            assert "Traceback" not in said
+        for process in look:
+            said = process.communicate(timeout=120)[1]
+            assert process.returncode == 0, said
+    finally:
+        first.kill()
+        first.communicate()
+    train(settings(small_recipe(*LONG), data, out))
+    assert sorted(losses(out)) == list(range(1, STEPS + 1))
 
 
 @pytest.mark.slow

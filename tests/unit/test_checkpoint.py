@@ -1,11 +1,20 @@
+import errno
 import json
 import logging
+import os
 
 import pytest
 import torch
 
+from tests.runs import damage
 from xar_cli import checkpoint
-from xar_cli.checkpoint import CheckpointWriter, latest_checkpoint, require_checkpoint, write_checkpoint
+from xar_cli.checkpoint import (
+    CheckpointWriter,
+    latest_checkpoint,
+    require_checkpoint,
+    set_aside_newer,
+    write_checkpoint,
+)
 from xar_cli.errors import UserError
 from xar_cli.logs import log
 from xar_cli.run_dir import RunDir
@@ -135,3 +144,93 @@ def test_a_full_disk_leaves_the_old_ones_and_goes_on(run, monkeypatch, caplog):
     writer.close()
     assert steps(run) == [3]
     assert json.loads((latest_checkpoint(run).folder / "state.json").read_text())["step"] == 3
+
+
+def test_damaged_ones_only_are_a_sentence(run):
+    for step in (1, 2):
+        write_checkpoint(run, step, groups(step), {})
+    damage(run.root, 1)
+    (run.checkpoints / "step-00000002" / "state.json").unlink()
+    with pytest.raises(UserError, match=r"No checkpoint of the run .* is whole") as caught:
+        latest_checkpoint(run)
+    assert "step-00000001: model.safetensors has the wrong size" in caught.value.message
+    assert "step-00000002: state.json is missing" in caught.value.message
+    assert steps(run) == [1, 2]
+
+
+@pytest.mark.parametrize("number", [errno.EACCES, errno.ESTALE, errno.EIO])
+def test_one_that_cannot_be_read_is_not_called_damaged(run, monkeypatch, number):
+    for step in (1, 2):
+        write_checkpoint(run, step, groups(step), {})
+    crc32 = checkpoint._crc32
+
+    def refuse(path):
+        if "step-00000002" in str(path):
+            raise OSError(number, os.strerror(number), str(path))
+        return crc32(path)
+
+    monkeypatch.setattr(checkpoint, "_crc32", refuse)
+    with pytest.raises(UserError, match=f"cannot be read: {os.strerror(number)}") as caught:
+        latest_checkpoint(run)
+    assert "step-00000002" in caught.value.next_step
+    assert steps(run) == [1, 2]
+
+
+def test_a_folder_of_checkpoints_that_cannot_be_read_is_not_an_empty_one(run, monkeypatch):
+    write_checkpoint(run, 1, groups(1), {})
+
+    def refuse(path):
+        raise PermissionError(errno.EACCES, "Permission denied", str(path))
+
+    monkeypatch.setattr(checkpoint.os, "listdir", refuse)
+    monkeypatch.setattr(checkpoint.os, "scandir", refuse)  # as a glob reads it
+    with pytest.raises(UserError, match="cannot be read: Permission denied"):
+        latest_checkpoint(run)
+
+
+@pytest.mark.parametrize("keep_last", [1, 2])
+def test_damaged_later_ones_take_no_place_and_are_kept_aside(run, caplog, keep_last):
+    for step in (3, 4, 5):
+        write_checkpoint(run, step, groups(step), {})
+    damage(run.root, 4, 5)
+    found = latest_checkpoint(run)
+    assert found.step == 3
+    set_aside_newer(run, found.step)
+    assert "damaged-step-00000004" in caplog.text
+    writer = CheckpointWriter(run, keep_last)
+    for step in (4, 5, 6):
+        writer.save(step, groups(step), {})
+        writer.wait()
+        assert steps(run)[-1] == step  # the one just written is there
+        assert latest_checkpoint(run).step == step
+    writer.close()
+    assert steps(run) == [5, 6][-keep_last:]
+    damage(run.root, *steps(run))
+    write_checkpoint(run, 4, groups(4), {})
+    set_aside_newer(run, 4)
+    aside = sorted(path.name for path in run.checkpoints.glob("damaged-*"))
+    assert aside[:2] == ["damaged-step-00000004", "damaged-step-00000005"]
+    assert aside[-1] == "damaged-step-00000006"
+    assert ("damaged-step-00000005-2" in aside) == (keep_last == 2)
+    assert (run.checkpoints / "damaged-step-00000005" / "model.safetensors").read_bytes() == b"torn"
+
+
+def test_retention_touches_nothing_later(run):
+    """Whatever lies there of later steps: neither it nor the checkpoint just written is removed."""
+    for step in (7, 8):
+        write_checkpoint(run, step, groups(step), {})
+    writer = CheckpointWriter(run, keep_last=1)
+    for step in (1, 2):
+        writer.save(step, groups(step), {})
+    writer.close()
+    assert steps(run) == [2, 7, 8]
+
+
+def test_other_names_beside_checkpoints_are_left_alone(run):
+    write_checkpoint(run, 1, groups(1), {})
+    (run.checkpoints / "step-00000001-copy").mkdir()
+    writer = CheckpointWriter(run, keep_last=1)
+    writer.save(2, groups(2), {})
+    writer.close()
+    assert sorted(path.name for path in run.checkpoints.iterdir()) == ["step-00000001-copy", "step-00000002"]
+    assert latest_checkpoint(run).step == 2

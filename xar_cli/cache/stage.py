@@ -20,7 +20,6 @@ from typing import Any
 import numpy as np
 
 from xar_cli.cache.jobs import Job
-from xar_cli.cache.lock import CacheLock
 from xar_cli.cache.pipeline import BadList, Block, encode_blocks
 from xar_cli.cache.plan import CachePlan, CacheSettings, make_plan
 from xar_cli.config import Config
@@ -30,6 +29,7 @@ from xar_cli.data.images import printable
 from xar_cli.data.latents import LatentWriter
 from xar_cli.distributed import Ranks, pick_device, process_group
 from xar_cli.errors import UserError
+from xar_cli.lock import JobLock
 from xar_cli.logs import log, progress
 from xar_cli.run_dir import require_writable
 
@@ -112,7 +112,7 @@ def run_cache(settings: CacheSettings, ranks: Ranks) -> CacheSummary:
     """
     plan, job = make_plan(settings, ranks.device)
     settings.out.parent.mkdir(parents=True, exist_ok=True)
-    with CacheLock(settings.out) as lock:
+    with cache_lock(settings.out) as lock:
         if ranks.is_main:
             lock.take()
             _prepare(settings.out, plan, job, ranks.world_size)
@@ -127,6 +127,11 @@ def run_cache(settings: CacheSettings, ranks: Ranks) -> CacheSummary:
             num_encoded = _encode_share(settings, job, writer, blocks, ranks)
     seconds = round(time.monotonic() - start, 3)
     return replace(summarize(settings.out), num_encoded=num_encoded, seconds=seconds)
+
+
+def cache_lock(path: Path) -> JobLock:
+    """The right to write a cache: `.<name>.lock` beside it; its folder must be there."""
+    return JobLock(path.with_name(f".{path.name}.lock"), f"The latent cache '{path}' is being written")
 
 
 def summarize(path: Path) -> CacheSummary:

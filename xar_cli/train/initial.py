@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 
 from xar_cli.config.schema import Config, sides_text
-from xar_cli.distributed import assign
+from xar_cli.distributed import Ranks, assign
 from xar_cli.errors import UserError
+from xar_cli.hub import parse_hub_name
 from xar_cli.logs import log
 from xar_cli.train.state import TrainState
 from xar_cli.weights import WeightsFile, open_weights
@@ -16,11 +19,19 @@ from xar_cli.weights import WeightsFile, open_weights
 CLASS_TABLE = "class_embedding.weight"
 
 
-def init_from(state: TrainState, source: str, class_names: Sequence[str]) -> None:
-    """Set model and averages from a source of weights, as `--init-from` does.
+def source_name(source: str) -> str:
+    """A source of weights as run.json has it: a path made absolute, a hub name as it is."""
+    return os.path.abspath(source) if parse_hub_name(source) is None else source
+
+
+def init_from(state: TrainState, source: str, class_names: Sequence[str], ranks: Ranks) -> dict[str, Any]:
+    """Set model and averages from a source of weights, as `--init-from` does; all ranks call this.
 
     Classes are matched by name where both sides know their names, else by number where their count is the same. A
     class without a match keeps its fresh embedding; the null class is always taken over.
+
+    Returns:
+        What run.json tells of it: source, file and the file's sha256.
 
     Raises:
         UserError: no such source, or another network (the tensors that do not fit are named).
@@ -53,6 +64,9 @@ def init_from(state: TrainState, source: str, class_names: Sequence[str]) -> Non
         assign(parameter, tensor)
         for decay in config.train.ema_decays:
             assign(state.averages.tensors(decay)[name], tensor)
+    return ranks.on_main(
+        lambda: {"source": source_name(source), "file": str(found.path.absolute()), "sha256": found.sha256}
+    )
 
 
 def _check_grid(found: WeightsFile, config: Config) -> None:

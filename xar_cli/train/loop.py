@@ -15,7 +15,7 @@ from typing import Any
 
 from torch import Tensor
 
-from xar_cli.checkpoint import Checkpoint, CheckpointWriter, latest_checkpoint
+from xar_cli.checkpoint import Checkpoint, CheckpointWriter, latest_checkpoint, set_aside_newer
 from xar_cli.config.schema import Config, Section
 from xar_cli.data.latents import LatentReader
 from xar_cli.data.loader import LatentLoader
@@ -42,7 +42,16 @@ from xar_cli.train.preflight import (
 )
 from xar_cli.train.preview import Measure, Preview, check_evaluation
 from xar_cli.train.records import Records, check_loggers, check_login
-from xar_cli.train.run import check_agreement, check_cache, check_data, check_run, cut_metrics, open_run
+from xar_cli.train.run import (
+    check_agreement,
+    check_cache,
+    check_data,
+    check_run,
+    check_start,
+    cut_records,
+    only_job,
+    open_run,
+)
 from xar_cli.train.signals import StopError, stop_signals
 from xar_cli.train.state import TrainState
 from xar_cli.train.status import noted_state
@@ -92,19 +101,22 @@ def train(settings: TrainSettings) -> dict[str, Any]:
         What `--json` prints: run folder, steps, last loss, seconds.
 
     Raises:
-        UserError: the cache does not fit the recipe, the folder belongs to another run, the ranks differ, the loss
-            stays non-finite (exit code 1), the run was stopped by a signal (128 + its number).
+        UserError: the cache does not fit the recipe, the folder belongs to another run (or was started from other
+            weights), another job trains it, none of its checkpoints is whole, the ranks differ, the loss stays
+            non-finite (exit code 1), the run was stopped by a signal (128 + its number).
     """
     config, run = settings.config, RunDir(settings.out)
     with (
         process_group(settings.device, settings.timeout) as ranks,
         ranks.on_all(lambda: LatentReader(settings.data, settings.in_memory)) as reader,
+        only_job(run, ranks),
     ):
         ranks.on_all(lambda: check_cache(reader, config))
         check_agreement(ranks, config, reader)
         ranks.on_main(lambda: check_loggers(config.train.loggers))
         ranks.on_main(lambda: check_login(config.train.loggers))
         newest = ranks.on_main(lambda: _newest(run))
+        ranks.on_main(lambda: check_start(run, settings.init_from, newest is not None))
         before = _batch_before(ranks, newest)
         plan = make_plan(config, ranks.world_size, reader.num_samples, batch_limit(config, ranks, before))
         ranks.on_main(lambda: check_run(settings.out, config, plan.disk_bytes, settings.allow_recipe_change) and None)
@@ -112,21 +124,24 @@ def train(settings: TrainSettings) -> dict[str, Any]:
 
         set_matmul_precision(config.train.precision)
         state = TrainState.fresh(config, ranks.device, ranks)
+        start: dict[str, Any] | None = None
         if newest is not None:
             state.load(newest)
             _say_where(run, state, plan, newest, ranks)
-        elif settings.init_from is not None:
-            init_from(state, settings.init_from, reader.class_names)
+        else:
+            source = settings.init_from
+            start = {"init_from": init_from(state, source, reader.class_names, ranks) if source is not None else None}
         if state.step < plan.total_steps:
             if config.train.max_batch_per_rank == AUTO and before is None and ranks.device.type in PROBED_DEVICES:
                 plan = _probed_plan(state, plan, reader, ranks)
             plan = with_memory(plan, ranks)
             with closing(batches_from(config, plan, reader, ranks, state.step)) as batches:
                 ranks.on_all(lambda: first_batch(state, plan, batches, ranks))
-            ranks.on_main(lambda: open_run(run, config, settings.data, reader, plan.as_dict()))
+            ranks.on_main(lambda: open_run(run, config, settings.data, reader, plan.as_dict(), start))
         else:
             ranks.on_main(lambda: check_data(run, reader))  # nothing is left to do, and nothing to take note of
-        ranks.on_main(lambda: cut_metrics(run, state.step))
+        ranks.on_main(lambda: set_aside_newer(run, state.step))
+        ranks.on_main(lambda: cut_records(run, state.step))
         return _run_steps(state, plan, reader, run, ranks, preview)
 
 
@@ -172,7 +187,8 @@ def dry_run_plan(
         plan = make_plan(config, world_size, reader.num_samples, limit)
         if RunDir(out).exists():
             check_data(RunDir(out), reader)
-    check_run(out, config, plan.disk_bytes, allow_recipe_change)
+    run = check_run(out, config, plan.disk_bytes, allow_recipe_change)
+    check_start(run, init_from, goes_on=any(run.checkpoints.glob("step-*")))
     return replace(plan, device_bytes=memory_of_rank(picked, ranks_here))
 
 

@@ -7,10 +7,9 @@ a logger that fails: it gets nothing more.
 from __future__ import annotations
 
 import importlib
-import json
 import time
 from collections.abc import Callable, Sequence
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack, closing, suppress
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -199,8 +198,8 @@ class Records:
         if not self._enabled:
             return
         try:
-            with (self._run.root / "skipped_steps.jsonl").open("a", encoding="utf-8") as file:
-                file.write(json.dumps(values) + "\n")
+            with closing(MetricsWriter(self._run.skipped_steps)) as file:  # cuts off a line torn by a full disk
+                file.write(**values)
         except OSError as error:
             log.error("A line of skipped_steps.jsonl could not be written (%s): the run goes on.", error)
 

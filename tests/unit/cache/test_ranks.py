@@ -9,7 +9,6 @@ import torch
 
 from tests.caches import make_images, pixel_recipe
 from xar_cli.cache import CacheSettings, stage
-from xar_cli.cache.lock import CacheLock
 from xar_cli.cache.stage import run_cache, share_of_blocks, summarize
 from xar_cli.data.cache_file import CacheFile
 from xar_cli.data.latents import LatentReader, LatentWriter
@@ -124,7 +123,7 @@ def test_a_second_job_is_refused_while_any_rank_of_the_first_lives(images, tmp_p
 
     def share(*arguments):
         if arguments[-1].rank == 1:  # rank 0 may have gone by now, this one is at work
-            with CacheLock(out) as lock, pytest.raises(UserError, match=r"is being written by process \d+ on "):
+            with stage.cache_lock(out) as lock, pytest.raises(UserError, match=r"is being written by process \d+ on "):
                 lock.take()
             refused.append(1)
         return real(*arguments)
@@ -132,5 +131,5 @@ def test_a_second_job_is_refused_while_any_rank_of_the_first_lives(images, tmp_p
     monkeypatch.setattr(stage, "_encode_share", share)
     run_ranks(images, out, 2)
     assert refused == [1]
-    with CacheLock(out) as lock:
+    with stage.cache_lock(out) as lock:
         lock.take()

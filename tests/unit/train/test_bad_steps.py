@@ -14,7 +14,7 @@ from xar_cli.errors import UserError
 from xar_cli.logs import read_metrics
 from xar_cli.model.entities import build_grouping
 from xar_cli.run_dir import RunDir
-from xar_cli.train import loss_scale
+from xar_cli.train import loop, loss_scale
 from xar_cli.train.draws import draw_step
 from xar_cli.train.loop import train
 from xar_cli.train.loss_scale import INITIAL_SCALE
@@ -85,6 +85,27 @@ def test_too_many_in_a_row_end_the_run_with_a_checkpoint(tmp_path):
     with pytest.raises(UserError, match="--allow-recipe-change"):
         train(settings(changed, data, tmp_path / "run"))
     assert train(settings(changed, data, tmp_path / "run", allow_recipe_change=True))["steps"] == 10
+
+
+def test_a_resume_tells_no_skipped_step_twice(tmp_path, monkeypatch):
+    """All steps are skipped. Killed before step 8, inside a line; the checkpoint of step 4 is gone on from."""
+    data, out = poisoned_cache(tmp_path / "latents.h5", list(range(N))), tmp_path / "run"
+    config = small_recipe("train.max_bad_steps=30")
+
+    def kill(state, *rest, take_step=loop.take_step):
+        if state.step == 7:
+            raise KeyboardInterrupt
+        take_step(state, *rest)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(loop, "take_step", kill)
+        with pytest.raises(KeyboardInterrupt):
+            train(settings(config, data, out))
+    assert [entry["step"] for entry in told(out)] == list(range(1, 8))
+    with (out / "skipped_steps.jsonl").open("a") as file:
+        file.write('{"step": 8, "not_f')
+    train(settings(config, data, out))
+    assert [entry["step"] for entry in told(out)] == list(range(1, 11))
 
 
 def test_fp16_halves_its_scale_after_a_bad_step_and_keeps_it_over_a_resume(tmp_path):

@@ -11,7 +11,7 @@ from PIL import Image
 from tests.caches import make_cache
 from tests.runs import settings, small_recipe
 from xar_cli.errors import UserError
-from xar_cli.logs import log
+from xar_cli.logs import log, read_metrics
 from xar_cli.run_dir import RunDir
 from xar_cli.train import loop, records
 from xar_cli.train.loop import train
@@ -129,6 +129,16 @@ def test_a_full_disk_ends_neither_pictures_nor_the_list_of_skipped_steps(data, t
         records.bad_step(step=3)
     assert "A line of skipped_steps.jsonl could not be written" in caplog.text
     records.close()
+
+
+def test_a_line_after_a_torn_one_is_whole(tmp_path):
+    records = Records(RunDir(tmp_path / "run"), small_recipe(), 0, enabled=True)
+    records.bad_step(step=1)
+    with (tmp_path / "run" / "skipped_steps.jsonl").open("a") as file:
+        file.write('{"step": 2, "not')
+    records.bad_step(step=3)
+    records.close()
+    assert read_metrics(tmp_path / "run" / "skipped_steps.jsonl") == [{"step": 1}, {"step": 3}]
 
 
 @pytest.mark.parametrize("call", ["login", "init"])

@@ -1,4 +1,5 @@
 import json
+from pathlib import Path
 
 import pytest
 
@@ -10,7 +11,7 @@ from xar_cli.data.latents import LatentReader
 from xar_cli.errors import UserError
 from xar_cli.logs import MetricsWriter, read_metrics
 from xar_cli.run_dir import RunDir
-from xar_cli.train.run import HARMLESS, STEERING, check_cache, check_run, config_differences, cut_metrics, open_run
+from xar_cli.train.run import HARMLESS, STEERING, check_cache, check_run, config_differences, cut_records, open_run
 
 PLAN = {"total_steps": 10}
 
@@ -101,6 +102,44 @@ def test_a_folder_of_something_else(tmp_path):
         check_run(tmp_path / "photos", small_recipe(), 0)
 
 
+@pytest.mark.parametrize("killed_at", ["run.json", "config.yaml", "between"])
+def test_a_start_that_was_killed_is_begun_again(tmp_path, reader, monkeypatch, killed_at):
+    """Killed inside either write, or between the two: what is left is taken over or removed."""
+    run, replace, written = RunDir(tmp_path / "run"), run_dir.os.replace, []
+
+    def kill(source, target):
+        written.append(target)
+        if target.name == killed_at:
+            raise KeyboardInterrupt
+        replace(source, target)
+        if killed_at == "between":
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(run_dir.os, "replace", kill)
+        patch.setattr(Path, "unlink", lambda *_, **__: None)  # no clearing up after SIGKILL
+        with pytest.raises(KeyboardInterrupt):
+            open_run(run, small_recipe(), tmp_path / "latents.h5", reader, PLAN)
+    run.lock.touch()
+    left = {path.name for path in run.root.iterdir()}
+    assert left > {".lock"}
+    assert "config.yaml" not in left
+    check_run(run.root, small_recipe(), 0)
+    open_run(run, small_recipe(), tmp_path / "latents.h5", reader, PLAN)
+    assert sorted(path.name for path in run.root.iterdir()) == [".lock", "config.yaml", "run.json"]
+    assert load_config_file(run.config) == small_recipe()
+
+
+@pytest.mark.parametrize("content", ["{}", "[1]", "run: 5", '{"data_hash": 1}'])
+def test_somebody_elses_run_json_is_not_taken_over(tmp_path, content):
+    (tmp_path / "theirs").mkdir()
+    (tmp_path / "theirs" / "run.json").write_text(content)
+    if "data_hash" in content:  # ours, but beside other things
+        (tmp_path / "theirs" / "cat.png").write_bytes(b"")
+    with pytest.raises(UserError, match="is not empty and is not a run folder"):
+        check_run(tmp_path / "theirs", small_recipe(), 0)
+
+
 def test_no_disk_space(tmp_path):
     with pytest.raises(UserError, match="Not enough disk space for checkpoints"):
         check_run(tmp_path / "run", small_recipe(), 10**18)
@@ -124,13 +163,20 @@ def test_mirror_without_mirror_images(tmp_path):
         check_cache(reader, small_recipe())
 
 
-def test_metrics_are_cut_back_to_the_checkpoint(run):
-    writer = MetricsWriter(run.metrics)
-    for step in range(1, 8):
-        writer.write(step=step, loss=1.0)
+@pytest.mark.parametrize("name", ["metrics.jsonl", "skipped_steps.jsonl"])
+@pytest.mark.parametrize("torn", ["", '{"step": 4, "lo'])
+@pytest.mark.parametrize("last", [4, 7])  # with something to cut, and without
+def test_records_are_cut_back_to_the_checkpoint(run, name, torn, last):
+    path = run.root / name
+    writer = MetricsWriter(path)
+    for step in range(1, last + 1):
+        writer.write(step=step, loss=float("nan") if step == 3 else 1.0)
     writer.close()
-    cut_metrics(run, 4)
-    assert [record["step"] for record in read_metrics(run.metrics)] == [1, 2, 3, 4]
+    whole = path.read_text()
+    path.write_text(whole + torn)
+    cut_records(run, 4)
+    assert [record["step"] for record in read_metrics(path)] == [1, 2, 3, 4]
+    assert path.read_text() == "".join(whole.splitlines(keepends=True)[:4])
 
 
 def test_a_folder_that_cannot_be_written_to(tmp_path, monkeypatch):

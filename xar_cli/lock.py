@@ -1,4 +1,7 @@
-"""One job per cache: an advisory lock beside the file, which the system lets go of when its holders die."""
+"""One job at a time: an advisory lock on a small file, which the system lets go of when its holders die.
+
+Owns the lock and who holds it; what it guards (a latent cache, a run folder) is the stage's business.
+"""
 
 from __future__ import annotations
 
@@ -20,23 +23,31 @@ except ImportError:  # pragma: no cover - not POSIX
 _NOT_SUPPORTED = (errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS)
 
 
-class CacheLock:
-    """The right to write a cache: a lock on the file `.<name>.lock` beside it, free again when all holders
-    are gone, also after kill -9.
+class JobLock:
+    """The right to write something: a lock on a file of its own, free again when all holders are gone, also after
+    kill -9.
 
-    The first process of a job takes it alone, and then shares it with its other ranks.
+    The first process of a job takes it alone; it may then share it with the other ranks.
 
     Args:
-        path: the cache file; its folder must be there.
-    """  # fmt: skip
+        path: the lock's file; its folder must be there.
+        used: what a second job is told, up to the name of the holder: "The latent cache 'x.h5' is being written".
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        self._descriptor = os.open(path.with_name(f".{path.name}.lock"), os.O_RDWR | os.O_CREAT, 0o666)
+    Raises:
+        OSError: the file cannot be made.
+    """
+
+    def __init__(self, path: Path, used: str) -> None:
+        self._path, self._used = path, used
+        self._descriptor = self._open()
 
     def take(self) -> None:
         """Hold the lock alone, and write down who holds it; raises a UserError that names another holder."""
         self._lock(alone=True)
+        while not self._in_place():  # a holder before has removed the file: what is locked is no longer seen by others
+            os.close(self._descriptor)
+            self._descriptor = self._open()
+            self._lock(alone=True)
         me = {"pid": os.getpid(), "host": socket.gethostname(), "since": time.strftime("%Y-%m-%d %H:%M:%S")}
         os.ftruncate(self._descriptor, 0)
         os.pwrite(self._descriptor, json.dumps(me).encode(), 0)
@@ -45,15 +56,28 @@ class CacheLock:
         """Hold the lock together with the other ranks of the job; raises a UserError as `take`."""
         self._lock(alone=False)
 
+    def remove(self) -> None:
+        """Remove its file, while it is held alone; it is let go of by `close`."""
+        self._path.unlink(missing_ok=True)
+
     def close(self) -> None:
         """Let go of it."""
         os.close(self._descriptor)
 
-    def __enter__(self) -> CacheLock:
+    def __enter__(self) -> JobLock:
         return self
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+    def _open(self) -> int:
+        return os.open(self._path, os.O_RDWR | os.O_CREAT, 0o666)
+
+    def _in_place(self) -> bool:
+        try:
+            return os.path.samestat(os.stat(self._path), os.fstat(self._descriptor))
+        except FileNotFoundError:
+            return False
 
     def _lock(self, alone: bool) -> None:
         if fcntl is None:
@@ -62,13 +86,12 @@ class CacheLock:
             fcntl.flock(self._descriptor, (fcntl.LOCK_EX if alone else fcntl.LOCK_SH) | fcntl.LOCK_NB)
         except BlockingIOError:
             raise UserError(
-                f"The latent cache '{self.path}' is being written by {self._holder()}.",
-                "Wait for it or stop it; then run the command again.",
+                f"{self._used} by {self._holder()}.", "Wait for it or stop it; then run the command again."
             ) from None
         except OSError as error:
             if error.errno not in _NOT_SUPPORTED:
                 raise
-            log.warning(f"no file can be locked in '{self.path.parent}': start no second job on this cache")
+            log.warning("No file can be locked in '%s': start no second job there.", self._path.parent)
 
     def _holder(self) -> str:
         try:
