@@ -288,12 +288,15 @@ def test_what_a_kill_left_half_written_is_cleared_away(capsys, weights, tmp_path
     names = [f"000007.{dead.pid}.tmp", f".samples.npz.{dead.pid}.tmp", f".samples.h5.{dead.pid}.tmp"]
     for name in names:
         (out / name).write_bytes(b"part")
-    with subprocess.Popen(["sleep", "60"]) as other:
+    other = subprocess.Popen(["sleep", "60"])
+    try:
         (out / f"000008.{other.pid}.tmp").write_bytes(b"of a job that is at work")
         (out / "notes.1.tmp").write_text("not ours")
         sample(capsys, *weights, "--count", 10, "--out", out)
         assert {path.name for path in out.glob("*.tmp")} == {f"000008.{other.pid}.tmp", "notes.1.tmp"}
+    finally:
         other.kill()
+        other.wait()
 
 
 def test_images_that_are_not_finite_end_the_work(capsys, tmp_path):
