@@ -15,10 +15,13 @@ from PIL import Image
 
 from tests.samples import ENVIRONMENT, command, pixels, refused, sample, small_config, small_weights, xar
 from xar_cli.distributed import Ranks
+from xar_cli.errors import UserError
 from xar_cli.model import XAR
 from xar_cli.model.transformer import init_weights
 from xar_cli.sample import stage
 from xar_cli.sample.images import PngWriter, image_path
+from xar_cli.tokenizer import Codec
+from xar_cli.tokenizer.pixels import Pixels
 
 
 @pytest.fixture(scope="module")
@@ -306,6 +309,19 @@ def test_images_that_are_not_finite_end_the_work(capsys, tmp_path):
     assert "--set train.precision=bf16" in error
     assert not list((tmp_path / "s").glob("*.png"))
     assert "not a number: 0." in refused(capsys, *weights, "--explain", tmp_path / "e.png", code=1)
+
+
+def test_only_a_preview_shows_what_is_not_finite():
+    """A training run does not end at one."""
+    config = small_config()
+    model = XAR(config).eval()
+    torch.nn.init.constant_(model.token_proj.weight, float("nan"))
+    codec = Codec(Pixels(config.tokenizer.patch, 1), 1.0)
+    arguments = (config, model, codec, 0, [4, 7], [1, 2], torch.device("cpu"))
+    with pytest.raises(UserError, match=r"not a number: 4, 7\.") as caught:
+        stage.draw_images(*arguments)
+    assert caught.value.exit_code == 1
+    assert stage.draw_images(*arguments, must_be_finite=False).shape == (2, 1, 8, 8)
 
 
 @pytest.mark.parametrize("rank", [0, 1])
