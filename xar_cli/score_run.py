@@ -163,7 +163,7 @@ class _Source:
     def images(self, sampling: SampleSettings, keep_features: bool = True) -> GeneratedImages:
         """The images that `xar sample` would write with these settings, drawn when they are asked for."""
         self.drawn, self.seconds = 0, 0.0
-        manifest = make_manifest(sampling, self.weights_sha256)
+        manifest = make_manifest(sampling, self.weights_sha256, self.codec.tokenizer.identity)
         labels = manifest["labels"]
 
         def draw(indices: Sequence[int]) -> np.ndarray:

@@ -89,16 +89,28 @@ def sample(
     from xar_cli.sample.request import (
         build_settings,
         check_balance,
+        check_explain,
+        check_picture,
         choose_count,
         parse_grid,
         parse_packs,
         sampling_overrides,
     )
-    from xar_cli.sample.stage import describe_settings, save_grid
+    from xar_cli.sample.stage import describe_settings
 
     source = weights or run_folder
     if source is None or (weights and run_folder):
         raise UserError("One source of weights is needed.", "Give --run RUN, or --weights FILE.")
+    if explain:
+        check_picture("--explain", explain)
+        check_explain(
+            grid=grid, save=save, pack=pack, count=count, out=out,
+            nproc_per_node=nproc_per_node if nproc_per_node > 1 else None, nnodes=nnodes if nnodes > 1 else None,
+        )  # fmt: skip
+    if save and not grid:
+        raise UserError("--save names the picture of --grid, and --grid is missing.", "For example: --grid 8x4.")
+    if save:
+        check_picture("--save", save)
     cells = parse_grid(grid) if grid else None
     changes = sampling_overrides(
         solver=solver, num_steps=num_steps, guidance_scale=guidance_scale, guidance_schedule=guidance_schedule,
@@ -107,6 +119,7 @@ def sample(
     settings = build_settings(
         source, recipe, [*(overrides or ()), *changes], ema=ema, classes=classes, count=choose_count(count, cells),
         seed=seed, out=out, tokenizer_weights=tokenizer_weights, device=device, packs=parse_packs(pack or ()),
+        grid=cells, picture=explain or save, at_least=count is None and not explain,
     )  # fmt: skip
     if count is not None and not unbalanced:
         check_balance(count, len(settings.classes))
@@ -114,17 +127,11 @@ def sample(
         plan = describe_settings(settings)
         typer.echo(json.dumps(dict(plan))) if as_json else print_rows(plan)
         return
-    if explain:
-        from xar_cli.sample.explain import explain as save_explanation
-
-        result: dict[str, object] = {"picture": str(save_explanation(settings, explain))}
-    else:
-        launch = LaunchOptions(nproc_per_node, nnodes, node_rank, rdzv_endpoint)
-        result = dict(run("xar_cli.sample.stage:sample", settings, launch))
-    if cells and not explain:
-        result["grid"] = str(save or settings.out.with_name(f"{settings.out.name}-grid.png"))
-        save_grid(settings.out, cells[0] * cells[1], cells[0], Path(str(result["grid"])))
+    launch = LaunchOptions(nproc_per_node, nnodes, node_rank, rdzv_endpoint)
+    result = run(f"xar_cli.sample.{'explain:explain' if explain else 'stage:sample'}", settings, launch)
+    if not result:  # one of several processes: the first one speaks for all
+        return
     if as_json:
-        typer.echo(json.dumps(result))
+        typer.echo(json.dumps(dict(result)))
     else:
         print_rows((key, str(value)) for key, value in result.items())

@@ -18,7 +18,7 @@ LR_BATCH_UNIT = 256  # lr = base_lr * global_batch_size / 256 (paper, section 4)
 
 
 class Section(BaseModel):
-    """A part of the config: immutable, and a key it does not know is an error."""
+    """A part of the config: immutable; a key it does not know is an error, and so is a number that is not finite."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import io
 import itertools
 import json
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -67,7 +68,10 @@ def parse_numbers(text: str | None) -> tuple[float, ...]:
     )
     try:
         if ":" not in text:
-            return tuple(dict.fromkeys(float(part) for part in text.split(",")))
+            numbers = tuple(dict.fromkeys(float(part) for part in text.split(",")))
+            if not all(map(math.isfinite, numbers)):
+                raise wrong
+            return numbers
         start, stop, step = (float(part) for part in text.split(":"))
     except ValueError:
         raise wrong from None

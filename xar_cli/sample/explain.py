@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -17,7 +16,7 @@ from xar_cli.model.entities import Grouping
 from xar_cli.sample.images import to_pil
 from xar_cli.sample.noise import balanced_label
 from xar_cli.sample.settings import SampleSettings
-from xar_cli.sample.stage import draw_images, load_codec, ready_network
+from xar_cli.sample.stage import draw_images, load_codec, ready_network, save_picture
 from xar_cli.weights import load_weights
 
 T = TypeVar("T")
@@ -34,16 +33,22 @@ class Moment:
     latents: Tensor
 
 
-def explain(settings: SampleSettings, path: Path) -> Path:
-    """Draw image 0 of the settings and save the picture of its making.
+def explain(settings: SampleSettings) -> dict[str, Any]:
+    """Draw image 0 of the settings and save the picture of its making as `settings.picture`.
 
     A row is an entity (at most 8 of them, evenly chosen), a column a timestep: finished entities, the one under way,
     and zeros where nothing has come yet, all decoded as the image would be.
 
+    Returns:
+        What `--json` prints; nothing on other ranks than the first, which have no part in it.
+
     Raises:
-        UserError: weights that do not fit.
+        UserError: weights that do not fit, an image that is not finite, a picture that cannot be written.
     """
+    assert settings.picture is not None
     with process_group(settings.device) as ranks:
+        if not ranks.is_main:
+            return {}
         config = settings.config
         model, _ = load_weights(settings.weights, config, ema=settings.ema, device=ranks.device)
         codec = load_codec(settings, ranks.device)
@@ -54,9 +59,8 @@ def explain(settings: SampleSettings, path: Path) -> Path:
         )
         rows = choose(record.moments, model.grouping.num_entities)
         tiles = [[codec.images(moment.latents[None])[0].cpu().numpy() for moment in row] for row in rows]
-    path.parent.mkdir(parents=True, exist_ok=True)
-    picture(rows, tiles, model.grouping.num_entities).save(path)
-    return path
+    save_picture(picture(rows, tiles, model.grouping.num_entities), settings.picture)
+    return {"picture": str(settings.picture)}
 
 
 class Recorder:

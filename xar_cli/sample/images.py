@@ -1,17 +1,25 @@
-"""Generated images on disk: one PNG per index, written whole by background threads, and a grid to look at."""
+"""Generated images on disk: one PNG per index, written whole by threads and read back with care, and a grid of them."""
 
 from __future__ import annotations
 
+import io
 import os
+import re
 from collections import deque
+from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
 from PIL import Image
 
+from xar_cli.errors import UserError
+
 PNG_END = b"IEND\xaeB`\x82"  # the last eight bytes of every whole PNG file
 MIN_GRID_SIDE = 64  # smaller images are enlarged in a grid, by a whole factor
+TEMPORARY = re.compile(
+    r"(?:\d{6,}|\.samples\.npz|\.samples\.h5|\.manifest\.json)\.(\d+)\.tmp"
+)  # the number: its process
 
 
 def image_path(folder: Path, index: int) -> Path:
@@ -20,7 +28,7 @@ def image_path(folder: Path, index: int) -> Path:
 
 
 def is_whole(path: Path) -> bool:
-    """Whether a PNG file is there to its last byte."""
+    """Whether a PNG file is there to its last byte; what lies before it is not read, so 50,000 files take a moment."""
     try:
         with path.open("rb") as file:
             file.seek(-len(PNG_END), os.SEEK_END)
@@ -32,6 +40,73 @@ def is_whole(path: Path) -> bool:
 def to_pil(image: np.ndarray) -> Image.Image:
     """(channels, H, W) uint8, 1 or 3 channels, as a Pillow image."""
     return Image.fromarray(image[0] if image.shape[0] == 1 else image.transpose(1, 2, 0))
+
+
+def load_images(folder: Path, indices: Iterable[int], size: tuple[int, int] | None = None) -> Iterator[Image.Image]:
+    """The images of a folder in the order of `indices`, decoded to the end.
+
+    Args:
+        folder: where they lie.
+        indices: which ones; all of them exist.
+        size: width and height that they must have; None takes any.
+
+    Raises:
+        UserError: some are damaged (exit code 1). All damaged ones from there on are named and removed, so that the
+            same command makes them again.
+        OSError: a file cannot be read at all.
+    """
+    todo = list(indices)
+    for place, index in enumerate(todo):
+        image = _load(image_path(folder, index), size)
+        if image is None:
+            paths = [image_path(folder, other) for other in todo[place:]]
+            raise _removed(folder, [path for path in paths if _load(path, size) is None])
+        yield image
+
+
+def _load(path: Path, size: tuple[int, int] | None) -> Image.Image | None:
+    """The image of a file, or None where its content is damaged or of another size."""
+    data = path.read_bytes()
+    try:
+        image = Image.open(io.BytesIO(data))
+        image.load()  # to the checksum of the pixels
+    except (OSError, SyntaxError, ValueError):  # what Pillow raises for damage
+        return None
+    return image if size in (None, image.size) else None
+
+
+def _removed(folder: Path, damaged: list[Path]) -> UserError:
+    """Remove damaged images; the error that tells of it."""
+    for path in damaged:
+        path.unlink()
+    named = ", ".join(path.name for path in damaged[:10]) + (", ..." if len(damaged) > 10 else "")
+    return UserError(
+        f"Damaged images in '{folder}' have been removed: {named}.", "The same command makes them again.", exit_code=1
+    )
+
+
+def remove_temporaries(folder: Path) -> None:
+    """Remove what killed processes have left half-written; to be called before this job writes its first file.
+
+    A file whose process is alive on this machine stays: another job may be at work on the same folder.
+    """
+    for path in folder.iterdir():
+        found = TEMPORARY.fullmatch(path.name)
+        if found and not _is_alive(int(found[1])):
+            path.unlink(missing_ok=True)
+
+
+def _is_alive(process: int) -> bool:
+    """Whether another process of this number runs on this machine."""
+    if process == os.getpid() or os.name != "posix":  # elsewhere asking would end it
+        return False
+    try:
+        os.kill(process, 0)
+    except (ProcessLookupError, OverflowError):
+        return False
+    except PermissionError:
+        return True
+    return True
 
 
 class PngWriter:

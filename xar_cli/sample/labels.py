@@ -26,9 +26,9 @@ def parse_classes(text: str | None, num_classes: int, names: Sequence[str] = ())
     labels: list[int] = []
     for part in (piece.strip() for piece in text.split(",")):
         first, dash, last = part.partition("-")
-        if part.isdigit() and part not in names:
+        if part.isdecimal() and part not in names:
             labels.append(_in_range(int(part), num_classes))
-        elif dash and first.isdigit() and last.isdigit():
+        elif dash and first.isdecimal() and last.isdecimal():
             labels.extend(_range(int(first), int(last), num_classes))
         elif not part:
             raise UserError(f"'{text}' names no class.", "Give a number, a range such as 0-9, or a class name.")

@@ -3,34 +3,48 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from xar_cli.config.schema import height_and_width
 from xar_cli.errors import UserError
 from xar_cli.run_dir import require_writable
+from xar_cli.sample.images import TEMPORARY, image_path, is_whole, remove_temporaries
 from xar_cli.sample.noise import balanced_label
+from xar_cli.sample.packing import pack_bytes, pack_is_current
 from xar_cli.sample.plan import SamplingPlan
 from xar_cli.sample.settings import SampleSettings
 
 MANIFEST = "manifest.json"
 MANIFEST_FORMAT = {"format": "xar-samples", "version": 1}
 FREE_KEYS = ("count", "labels", "weights", "config", "class_names")  # may differ where a folder is completed
+LATER_KEYS = ("tokenizer", "latent_scale", "entity", "decoder_precision")  # manifests of version 0.1.0 lack them
 PNG_OVERHEAD = 4096  # bytes beside the pixels: header and the file system's block
 
 
-def make_manifest(settings: SampleSettings, weights_sha256: str) -> dict[str, Any]:
-    """Everything that is needed to make the same images again."""
+def make_manifest(settings: SampleSettings, weights_sha256: str, tokenizer: str) -> dict[str, Any]:
+    """Everything that is needed to make the same images again.
+
+    Args:
+        settings: what was asked for.
+        weights_sha256: of the network's weights.
+        tokenizer: identity of the tokenizer.
+    """
     config, plan = settings.config, SamplingPlan.of(settings.config)
     resolved = config.model_dump(mode="json")
     uniform = len(set(plan.num_steps)) == 1
+    decodes = config.tokenizer.kind == "kl16"  # pixels are folded, which has no precision
     return {
         **MANIFEST_FORMAT,
         "recipe": config.name,
         "weights": settings.weights,
         "weights_sha256": weights_sha256,
         "ema": settings.ema,
+        "tokenizer": tokenizer,
+        "latent_scale": config.tokenizer.latent_scale,
+        **({"decoder_precision": config.sample.decoder_precision} if decodes else {}),
+        "entity": resolved["entity"],
         "seed": settings.seed,
         "solver": plan.solver,
         "num_steps": plan.num_steps[0] if uniform else list(plan.num_steps),
@@ -47,27 +61,54 @@ def make_manifest(settings: SampleSettings, weights_sha256: str) -> dict[str, An
     }
 
 
-def check_out(out: Path, manifest: Mapping[str, Any]) -> None:
-    """Refuse a folder that cannot take these images; nothing is written.
+def check_out(out: Path, manifest: Mapping[str, Any], packs: Sequence[str] = ()) -> list[int]:
+    """Refuse a folder that cannot take these images, and clear away what a kill has left; nothing is written.
+
+    Args:
+        out: the folder; it need not exist.
+        manifest: what the images are to be.
+        packs: files to be made of them.
+
+    Returns:
+        The numbers of the images that are missing.
 
     Raises:
         UserError: the folder holds images made with other settings (the differences are named) or other files, or its
-            disk is too small.
+            disk is too small for what is missing.
     """
-    height, width = height_and_width(manifest["image_size"])
-    bytes_per_image = height * width * manifest["image_channels"] + PNG_OVERHEAD
-    require_writable(out, manifest["count"] * bytes_per_image, "images")
     path = out / MANIFEST
-    if not path.exists():
-        if out.exists() and (not out.is_dir() or any(out.iterdir())):
-            raise UserError(f"'{out}' is not empty and has no {MANIFEST}.", "Give another --out.")
-        return
-    found = differences(_read(path), manifest)
-    if found:
-        raise UserError(
-            f"'{out}' holds images made with other settings: {'; '.join(found)}.",
-            "Give another --out, or the same settings to make what is missing.",
-        )
+    if path.exists():
+        found = differences(_read(path), manifest)
+        if found:
+            raise UserError(
+                f"'{out}' holds images made with other settings: {'; '.join(found)}.",
+                "Give another --out, or the same settings to make what is missing.",
+            )
+    elif out.exists() and not (out.is_dir() and all(TEMPORARY.fullmatch(entry.name) for entry in out.iterdir())):
+        raise UserError(f"'{out}' is not empty and has no {MANIFEST}.", "Give another --out.")
+    if out.exists():
+        remove_temporaries(out)
+    missing = [index for index in range(manifest["count"]) if not is_whole(image_path(out, index))]
+    height, width = height_and_width(manifest["image_size"])
+    needed = len(missing) * (height * width * manifest["image_channels"] + PNG_OVERHEAD)
+    needed += sum(pack_bytes(manifest, pack) for pack in packs_to_write(out, manifest, packs, bool(missing)))
+    require_writable(out, needed, "images")
+    return missing
+
+
+def packs_to_write(out: Path, manifest: Mapping[str, Any], packs: Sequence[str], fresh: bool) -> list[str]:
+    """The packed files that must be made: all where images are `fresh`, else those that do not fit the manifest."""
+    return [pack for pack in packs if fresh or not pack_is_current(out, manifest, pack)]
+
+
+def count_there(out: Path) -> int:
+    """How many images the folder was last asked to hold; 0 for one without a manifest.
+
+    Raises:
+        UserError: its manifest is damaged.
+    """
+    path = out / MANIFEST
+    return int(_read(path)["count"]) if path.exists() else 0
 
 
 def differences(there: Mapping[str, Any], here: Mapping[str, Any]) -> list[str]:
@@ -75,7 +116,7 @@ def differences(there: Mapping[str, Any], here: Mapping[str, Any]) -> list[str]:
     found = [
         f"{key}: {there.get(key)} there, {value} here"
         for key, value in here.items()
-        if key not in FREE_KEYS and there.get(key) != value
+        if key not in FREE_KEYS and there.get(key) != value and not (key in LATER_KEYS and key not in there)
     ]
     common = min(len(there["labels"]), here["count"])
     if there["labels"][:common] != here["labels"][:common] and not found:

@@ -16,19 +16,46 @@ from typing import IO, Any
 
 import h5py
 import numpy as np
-from PIL import Image
 
 from xar_cli.config.schema import height_and_width
 from xar_cli.errors import UserError
 from xar_cli.logs import log
-from xar_cli.sample.images import image_path, is_whole
+from xar_cli.sample.images import image_path, is_whole, load_images
 
-SECONDS_WITHOUT_NEWS = 600  # another process that makes no image for so long has died
+SECONDS_WITHOUT_NEWS = 600.0  # another process that makes no image for so long has died, unless batches take as long
+BATCHES_WITHOUT_NEWS = 5  # images come a batch at a time, and other processes may be slower
 
 
 def pack_path(folder: Path, pack: str) -> Path:
     """Where the packed file of a folder goes: beside the images."""
     return folder / {"npz": "samples.npz", "hdf5": "samples.h5"}[pack]
+
+
+def pack_is_current(folder: Path, manifest: Mapping[str, Any], pack: str) -> bool:
+    """Whether the packed file is there and holds as many images as the manifest asks for."""
+    path = pack_path(folder, pack)
+    try:
+        return (_count_npz(path) if pack == "npz" else _count_hdf5(path)) == manifest["count"]
+    except (OSError, ValueError, KeyError, zipfile.BadZipFile):  # none there, or damaged
+        return False
+
+
+def _count_npz(path: Path) -> int:
+    with zipfile.ZipFile(path) as archive, archive.open("arr_0.npy") as file:
+        np.lib.format.read_magic(file)
+        shape, _, _ = np.lib.format.read_array_header_1_0(file)
+    return int(shape[0])
+
+
+def _count_hdf5(path: Path) -> int:
+    with h5py.File(path) as file:
+        return int(file["images"].shape[0])
+
+
+def pack_bytes(manifest: Mapping[str, Any], pack: str) -> int:
+    """Size of a packed file, labels and headers left out."""
+    height, width = height_and_width(manifest["image_size"])
+    return int(manifest["count"] * height * width * (3 if pack == "npz" else manifest["image_channels"]))
 
 
 def write_pack(folder: Path, manifest: Mapping[str, Any], pack: str) -> Path:
@@ -39,16 +66,22 @@ def write_pack(folder: Path, manifest: Mapping[str, Any], pack: str) -> Path:
 
     Raises:
         OSError: the disk is full; no part of the file is left.
+        UserError: an image is damaged; it has been removed (exit code 1).
     """
     with _into_place(pack_path(folder, pack)) as temporary:
         (_write_npz if pack == "npz" else _write_hdf5)(folder, manifest, temporary)
     return pack_path(folder, pack)
 
 
+def patience_for(slowest_batch: float) -> float:
+    """How long to wait without news for the images of other processes, by the seconds of this one's slowest batch."""
+    return max(SECONDS_WITHOUT_NEWS, BATCHES_WITHOUT_NEWS * slowest_batch)
+
+
 def wait_for_images(
     folder: Path, count: int, sleep: Callable[[float], None] = time.sleep, patience: float = SECONDS_WITHOUT_NEWS
 ) -> None:
-    """Wait until other processes have written all images: the files tell, nobody is held up.
+    """Wait until other processes have written the first `count` images: the files tell, nobody is held up.
 
     Raises:
         UserError: no new image for `patience` seconds (exit code 1).
@@ -76,7 +109,7 @@ def _write_npz(folder: Path, manifest: Mapping[str, Any], path: Path) -> None:
     with zipfile.ZipFile(path, "w", zipfile.ZIP_STORED, allowZip64=True) as archive:
         with archive.open("arr_0.npy", "w", force_zip64=True) as file:
             _npy_header(file, (count, height, width, 3), np.dtype(np.uint8))
-            for image in _read_images(folder, count):
+            for image in _read_images(folder, manifest):
                 file.write(np.broadcast_to(image, (height, width, 3)).tobytes())
         with archive.open("arr_1.npy", "w", force_zip64=True) as file:
             _npy_header(file, (count,), np.dtype(np.int64))
@@ -92,18 +125,18 @@ def _write_hdf5(folder: Path, manifest: Mapping[str, Any], path: Path) -> None:
     shape = (manifest["count"], *height_and_width(manifest["image_size"]), manifest["image_channels"])
     with h5py.File(path, "w") as file:
         images = file.create_dataset("images", shape, np.uint8)
-        for index, image in enumerate(_read_images(folder, manifest["count"])):
+        for index, image in enumerate(_read_images(folder, manifest)):
             images[index] = image
         file["labels"] = np.asarray(manifest["labels"], dtype=np.int64)
         file.attrs["manifest"] = json.dumps({key: manifest[key] for key in manifest if key != "labels"})
 
 
-def _read_images(folder: Path, count: int) -> Iterator[np.ndarray]:
+def _read_images(folder: Path, manifest: Mapping[str, Any]) -> Iterator[np.ndarray]:
     """(H, W, channels) uint8, in order of index."""
-    for index in range(count):
-        with Image.open(image_path(folder, index)) as image:
-            pixels = np.asarray(image)
-        yield pixels[..., None] if pixels.ndim == 2 else pixels
+    height, width = height_and_width(manifest["image_size"])
+    mode = "L" if manifest["image_channels"] == 1 else "RGB"
+    for image in load_images(folder, range(manifest["count"]), (width, height)):
+        yield np.asarray(image.convert(mode)).reshape(height, width, -1)
 
 
 @contextmanager

@@ -23,6 +23,8 @@ class SampleSettings(Section):
         classes: labels to draw from, in turn.
         class_names: for the manifest.
         packs: files to make of all images besides the PNGs.
+        grid: columns and rows of a picture of the first images, or None.
+        picture: where the picture of the grid goes, or that of `explain`; None is beside `out`.
         tokenizer_weights: file or hf:// name of KL-16's weights.
         device: auto, cpu, cuda or cuda:N.
     """
@@ -36,5 +38,7 @@ class SampleSettings(Section):
     classes: tuple[int, ...]
     class_names: tuple[str, ...] = ()
     packs: tuple[Pack, ...] = ()
+    grid: tuple[int, int] | None = None
+    picture: Path | None = None
     tokenizer_weights: Path | None = None
     device: str = "auto"

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import time
-from contextlib import closing
+from collections.abc import Iterator
+from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -17,68 +18,82 @@ from xar_cli.logs import log, progress
 from xar_cli.model import XAR
 from xar_cli.precision import autocast, set_matmul_precision
 from xar_cli.run_dir import write_json
-from xar_cli.sample.images import PngWriter, grid_image, image_path, is_whole
-from xar_cli.sample.manifest import MANIFEST, check_out, make_manifest
+from xar_cli.sample.images import PngWriter, grid_image, load_images
+from xar_cli.sample.manifest import MANIFEST, check_out, make_manifest, packs_to_write
 from xar_cli.sample.network import compile_pays, prepare_network
 from xar_cli.sample.noise import AddressedNoise
-from xar_cli.sample.packing import pack_path, wait_for_images, write_pack
+from xar_cli.sample.packing import pack_path, patience_for, wait_for_images, write_pack
 from xar_cli.sample.plan import SamplingPlan, flops_per_image
 from xar_cli.sample.sampler import Observer, ignore, sample_latents
 from xar_cli.sample.settings import SampleSettings
 from xar_cli.tokenizer import Codec, load_tokenizer
 from xar_cli.weights import open_weights
 
-__all__ = ["MANIFEST", "SampleSettings", "describe_settings", "draw_images", "make_manifest", "sample", "save_grid"]
+__all__ = ["MANIFEST", "SampleSettings", "describe_settings", "draw_images", "make_manifest", "sample"]
 
 
 def sample(settings: SampleSettings) -> dict[str, Any]:
     """Draw the images that are not there yet; each process draws its own share and waits for no other.
 
     Returns:
-        What `--json` prints: the folder, counts, seconds, images per second.
+        What `--json` prints: the folder, counts, seconds, images per second. Only rank 0 has something to say.
 
     Raises:
-        UserError: weights that do not fit, a folder made with other settings, a full disk (exit code 1).
+        UserError: weights that do not fit, a folder made with other settings; with exit code 1: a full disk, images
+            that are not finite, damaged ones where a packed file or a grid reads them.
     """
     with process_group(settings.device) as ranks:
         weights = open_weights(settings.weights, settings.config, ema=settings.ema)
-        manifest = make_manifest(settings, weights.sha256)
-        check_out(settings.out, manifest)
         codec = load_codec(settings, ranks.device)
-        ranks.barrier()  # nobody writes before all have looked
-        if ranks.is_main:
-            settings.out.mkdir(parents=True, exist_ok=True)
-            write_json(settings.out / MANIFEST, manifest)
-        ranks.barrier()
-        all_missing = [index for index in range(settings.count) if not is_whole(image_path(settings.out, index))]
-        mine = [index for index in all_missing if index % ranks.world_size == ranks.rank]
-        seconds = 0.0
-        try:
+        manifest = make_manifest(settings, weights.sha256, codec.tokenizer.identity)
+        missing = ranks.on_main(lambda: _open_out(settings, manifest))  # one list for all, before anybody writes
+        mine = missing[ranks.rank :: ranks.world_size]
+        seconds = slowest = 0.0
+        with _disk_errors(settings.out):
             if mine:
                 model = ready_network(settings, weights.load(ranks.device), len(mine))
                 began = time.monotonic()
-                _draw(settings, manifest["labels"], mine, model, codec, ranks)
+                slowest = _draw(settings, manifest["labels"], mine, model, codec, ranks)
                 seconds = time.monotonic() - began
-            packs = _pack(settings, manifest, fresh=bool(all_missing)) if ranks.is_main else {}
-        except OSError as error:
-            raise UserError(
-                f"An image could not be written to '{settings.out}': {error}.",
-                "What was made is whole: free some space, and the same command makes the rest.",
-                exit_code=1,
-            ) from None
+            if not ranks.is_main:
+                return {}
+            made = _pack(settings, manifest, bool(missing), patience_for(slowest))
+            made |= _grid(settings, patience_for(slowest))
         speed = len(mine) * ranks.world_size / seconds if mine else None
         if speed is not None:
             log.info("%s: %.3g images/s", describe_speed(settings.config, ranks), speed)
         return {
             "samples": str(settings.out),
             "manifest": str(settings.out / MANIFEST),
-            **packs,
+            **made,
             "count": settings.count,
-            "made": len(all_missing),
+            "made": len(missing),
             "seconds": seconds,
             "images_per_second": speed,
             "measured_with": describe_speed(settings.config, ranks),
         }
+
+
+def _open_out(settings: SampleSettings, manifest: dict[str, Any]) -> list[int]:
+    """Check the folder and write the manifest; the numbers of the missing images."""
+    with _disk_errors(settings.out):
+        missing = check_out(settings.out, manifest, settings.packs)
+        settings.out.mkdir(parents=True, exist_ok=True)
+        write_json(settings.out / MANIFEST, manifest)
+    return missing
+
+
+@contextmanager
+def _disk_errors(out: Path) -> Iterator[None]:
+    """A disk that is full or gone is a UserError with exit code 1."""
+    try:
+        yield
+    except OSError as error:
+        raise UserError(
+            f"A file could not be read or written in '{out}': {error}.",
+            "What was made is whole: free some space, and the same command makes the rest.",
+            exit_code=1,
+        ) from None
 
 
 def load_codec(settings: SampleSettings, device: torch.device) -> Codec:
@@ -111,16 +126,16 @@ def describe_speed(config: Config, ranks: Ranks) -> str:
 
 def _draw(
     settings: SampleSettings, labels: list[int], missing: list[int], model: XAR, codec: Codec, ranks: Ranks
-) -> None:
-    """Draw the images `missing`, batch after batch, while threads write those before."""
-    config = settings.config
+) -> float:
+    """Draw the images `missing`, batch after batch, while threads write those before; seconds of the slowest batch."""
+    config, slowest = settings.config, 0.0
     batch_size = config.sample.batch_size
     with (
         closing(PngWriter(settings.out)) as writer,
         progress(len(missing), "sample", enabled=ranks.is_main) as bar,
     ):
         for start in range(0, len(missing), batch_size):
-            indices = missing[start : start + batch_size]
+            began, indices = time.monotonic(), missing[start : start + batch_size]
             # The last batch may be smaller: not worth compiling for.
             with torch.compiler.set_stance("eager_on_recompile" if start else "default"):
                 images = draw_images(
@@ -129,6 +144,8 @@ def _draw(
             for index, image in zip(indices, images.cpu().numpy(), strict=True):
                 writer.write(index, image)
             bar.update(len(indices))
+            slowest = max(slowest, time.monotonic() - began)
+    return slowest
 
 
 def draw_images(
@@ -140,27 +157,73 @@ def draw_images(
     labels: list[int],
     device: torch.device,
     observe: Observer = ignore,
+    must_be_finite: bool = True,
 ) -> torch.Tensor:
     """Images of the given indices and labels with the recipe's sampling settings.
 
     Returns:
         uint8 (B, channels, height, width).
+
+    Raises:
+        UserError: `must_be_finite`, and the latents of some images are not (exit code 1).
     """
     noise = AddressedNoise(seed, indices, config.latent_channels, device)
     with autocast(config.train.precision, device):
         latents = sample_latents(model, torch.tensor(labels, device=device), noise, SamplingPlan.of(config), observe)
+    if must_be_finite:
+        _require_finite(latents, indices, config.train.precision)
     with torch.inference_mode():
         return codec.images(latents)
 
 
-def _pack(settings: SampleSettings, manifest: dict[str, Any], fresh: bool) -> dict[str, str]:
+def _require_finite(latents: torch.Tensor, indices: list[int], precision: str) -> None:
+    finite = torch.isfinite(latents).flatten(1).all(dim=1)
+    if finite.all():
+        return
+    bad = [str(index) for index, good in zip(indices, finite.tolist(), strict=True) if not good]
+    named = ", ".join(bad[:10]) + (", ..." if len(bad) > 10 else "")
+    raise UserError(
+        f"Images came out infinite or not a number: {named}.",
+        f"Try `--set train.precision={'fp32' if precision == 'bf16' else 'bf16'}` or a lower --guidance-scale; "
+        "otherwise the weights are at fault.",
+        exit_code=1,
+    )
+
+
+def _pack(settings: SampleSettings, manifest: dict[str, Any], fresh: bool, patience: float) -> dict[str, str]:
     """Make the packed files that were asked for, once all images are there; what `--json` prints of them."""
-    wanted = [pack for pack in settings.packs if fresh or not pack_path(settings.out, pack).exists()]
+    wanted = packs_to_write(settings.out, manifest, settings.packs, fresh)
     if wanted:
-        wait_for_images(settings.out, settings.count)
+        wait_for_images(settings.out, settings.count, patience=patience)
     for pack in wanted:
         write_pack(settings.out, manifest, pack)
     return {pack: str(pack_path(settings.out, pack)) for pack in settings.packs}
+
+
+def _grid(settings: SampleSettings, patience: float) -> dict[str, str]:
+    """Make the picture of the first images, once they are there; what `--json` prints of it."""
+    if settings.grid is None:
+        return {}
+    columns, rows = settings.grid
+    wait_for_images(settings.out, columns * rows, patience=patience)
+    path = settings.picture or settings.out.with_name(f"{settings.out.name}-grid.png")
+    save_picture(grid_image(list(load_images(settings.out, range(columns * rows))), columns), path)
+    return {"grid": str(path)}
+
+
+def save_picture(picture: Image.Image, path: Path) -> None:
+    """Write a picture for people.
+
+    Raises:
+        UserError: it cannot be written (exit code 1).
+    """
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        picture.save(path)
+    except (OSError, ValueError) as error:
+        raise UserError(
+            f"The picture '{path}' could not be written: {error}.", "Free some space or name another file.", exit_code=1
+        ) from None
 
 
 def describe_settings(settings: SampleSettings) -> list[tuple[str, str]]:
@@ -184,13 +247,3 @@ def describe_settings(settings: SampleSettings) -> list[tuple[str, str]]:
         ("seed", str(settings.seed)),
         ("written to", str(settings.out)),
     ]
-
-
-def save_grid(folder: Path, count: int, columns: int, path: Path) -> None:
-    """One picture of the first `count` images of a folder of samples."""
-    images = []
-    for index in range(count):
-        with Image.open(image_path(folder, index)) as image:
-            images.append(image.copy())
-    path.parent.mkdir(parents=True, exist_ok=True)
-    grid_image(images, columns).save(path)

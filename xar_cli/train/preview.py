@@ -163,7 +163,9 @@ class Preview:
             interrupt()
             chosen = indices[start : start + config.sample.batch_size]
             labels = [self._label(index) for index in chosen]
-            drawn = draw_images(config, model, self._codec, config.train.seed, chosen, labels, self._ranks.device)
+            drawn = draw_images(  # training shall not end at a preview
+                config, model, self._codec, config.train.seed, chosen, labels, self._ranks.device, must_be_finite=False
+            )
             parts.append(drawn.cpu().numpy())
         return np.concatenate(parts)
 

@@ -42,7 +42,7 @@ def test_numbers(text, numbers) -> None:
     assert parse_numbers(text) == pytest.approx(numbers)
 
 
-@pytest.mark.parametrize("text", ["a", "1:2", "2:1:0.5", "1:2:0", "1:2:-1", "", "0:1:0.0000001"])
+@pytest.mark.parametrize("text", ["a", "1:2", "2:1:0.5", "1:2:0", "1:2:-1", "", "0:1:0.0000001", "inf", "1.5,nan"])
 def test_wrong_numbers(text: str) -> None:
     with pytest.raises(UserError, match="--guidance-scale"):
         parse_numbers(text)

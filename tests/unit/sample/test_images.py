@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from xar_cli.sample.images import PngWriter, grid_image, image_path, is_whole
+from xar_cli.errors import UserError
+from xar_cli.sample.images import PngWriter, grid_image, image_path, is_whole, load_images
 
 RNG = np.random.default_rng(0)
 
@@ -36,6 +37,23 @@ def test_a_torn_or_missing_or_empty_png_is_not_whole(tmp_path):
         path.write_bytes(torn)
         assert not is_whole(path)
     assert not is_whole(image_path(tmp_path, 1))
+
+
+@pytest.mark.parametrize("compress_level", [0, 1])
+@pytest.mark.parametrize("place", [0.1, 0.3, 0.5, 0.7, 0.9])
+def test_one_wrong_byte_anywhere_is_damage(tmp_path, place, compress_level):
+    """Uncompressed, a wrong byte is a wrong pixel of a picture that could be shown: its checksum tells."""
+    image = Image.fromarray(RNG.integers(0, 256, (16, 16, 3), dtype=np.uint8))
+    for index in range(4):
+        image.save(image_path(tmp_path, index), compress_level=compress_level)
+    data = bytearray(image_path(tmp_path, 1).read_bytes())
+    data[int(place * len(data))] ^= 1
+    for index in (1, 3):
+        image_path(tmp_path, index).write_bytes(data)
+    with pytest.raises(UserError, match=r"removed: 000001.png, 000003.png\.") as caught:
+        list(load_images(tmp_path, range(4)))
+    assert caught.value.exit_code == 1
+    assert [path.name for path in sorted(tmp_path.iterdir())] == ["000000.png", "000002.png"]
 
 
 def test_a_write_that_fails_is_raised_and_leaves_no_part_behind(tmp_path):

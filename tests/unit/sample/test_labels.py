@@ -38,6 +38,8 @@ def test_numbers_ranges_and_names(text, labels):
         ("goldfsh", ["goldfsh", "Did you mean 'goldfish'"]),
         ("tager shark", ["'tiger shark' or '"]),
         ("zzzzzz", ["zzzzzz", "class number"]),
+        ("²", ["no class called '²'"]),
+        ("1-²", ["no class called '1-²'"]),
         ("", ["names no class"]),
         (",", ["names no class"]),
     ],

@@ -125,11 +125,11 @@ def test_a_signal_while_drawing_stops_and_what_it_left_out_is_made_later(data, t
     real, out = make_images(tmp_path / "real"), tmp_path / "run"
     drawn = []
 
-    def draw_images(*arguments, real=preview.draw_images):
+    def draw_images(*arguments, real=preview.draw_images, **options):
         if len(drawn) == batch:
             os.kill(os.getpid(), signal.SIGTERM)
         drawn.append(1)
-        return real(*arguments)
+        return real(*arguments, **options)
 
     with monkeypatch.context() as patch:
         patch.setattr(preview, "draw_images", draw_images)
