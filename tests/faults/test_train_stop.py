@@ -27,14 +27,16 @@ def data(tmp_path_factory):
     return make_cache(tmp_path_factory.mktemp("cache") / "latents.h5")
 
 
-def start(data, out, *options):
+def start(data, out, *options, **process):
     sets = [part for override in (*PIXEL_OVERRIDES, *SMALL, *LONG) for part in ("--set", override)]
     command = [
         sys.executable, "-m", "xar_cli", "train", "--recipe", "tiny", "--data", str(data), "--out", str(out),
         "--device", "cpu", *sets, *options,
     ]  # fmt: skip
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    return subprocess.Popen(
+        command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **process
+    )
 
 
 def wait_for_step(process, out, step, seconds=240):
@@ -96,6 +98,23 @@ def test_all_ranks_stop_together(data, tmp_path, number, code):
     process.send_signal(number)
     said = process.communicate(timeout=180)[1]
     assert process.returncode in (code, 143), said  # the launcher turns SIGUSR1 into SIGTERM
+    assert latest_checkpoint(RunDir(out)).step == steps_stopped_after(said)
+    assert "Traceback" not in said
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_ctrl_c_in_a_terminal(data, tmp_path, ranks):
+    """A terminal sends SIGINT to the launcher and to every rank, and the launcher passes its own on to them.
+
+    Steps of many short operations: a rank notices both, where one long operation would let it see them as one.
+    """
+    out = tmp_path / "run"
+    slow = ("--set", "model={dim: 64, depth: 8, heads: 4, dropout: 0.1}", "--set", "train.max_batch_per_rank=1")
+    process = start(data, out, "--nproc-per-node", str(ranks), *slow, start_new_session=True)
+    wait_for_step(process, out, 3)
+    os.killpg(process.pid, signal.SIGINT)
+    said = process.communicate(timeout=180)[1]
+    assert process.returncode == 130, said
     assert latest_checkpoint(RunDir(out)).step == steps_stopped_after(said)
     assert "Traceback" not in said
 
