@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 
 SETTINGS_FILE = "settings.json"
 ERROR_FILE = "user-error.json"
+LOOPBACK = "127.0.0.1"
 SECONDS_TO_STOP = 600  # what workers get to write a checkpoint after SIGTERM (torch before 2.9: 30, fixed)
 
 
@@ -193,14 +194,14 @@ def _launch_config(stage: str, options: LaunchOptions) -> LaunchConfig:
         nproc_per_node=options.nproc_per_node,
         run_id=f"xar-{stage}",
         rdzv_backend="c10d",
-        rdzv_endpoint="localhost:0" if single else options.rdzv_endpoint,
+        rdzv_endpoint=f"{LOOPBACK}:0" if single else options.rdzv_endpoint,
         rdzv_configs={
             "is_host": options.node_rank == 0,
             "join_timeout": options.rdzv_timeout,
             "read_timeout": options.rdzv_timeout,
         },
-        # The name of a machine often stands for its loopback address: give the one that leads to machine 0.
-        local_addr=None if single else _address_towards(options.rdzv_endpoint),
+        # Never by the machine's own name: it may lead nowhere, and often stands for the loopback address.
+        local_addr=LOOPBACK if single else _address_towards(options.rdzv_endpoint),
         max_restarts=options.max_restarts,
         start_method="spawn",
         monitor_interval=0.2,

@@ -155,6 +155,22 @@ def test_the_failing_ranks_traceback_is_shown(tmp_path):
     assert "in fail_on_rank_1" in error
 
 
+def test_a_machine_whose_own_name_leads_nowhere(data, tmp_path):
+    """Several ranks of one machine meet all the same: its name is not asked for."""
+    given = arguments(data, tmp_path / "run", "--nproc-per-node", "2", "--rdzv-timeout", "20")[2:]
+    code, _, error = finish(start([sys.executable, "-c", NAMELESS, *given], PYTHONPATH=os.getcwd()))
+    assert code == 0, error
+
+
+NAMELESS = """
+import socket
+from xar_cli.cli.app import main
+
+if __name__ == "__main__":
+    socket.getfqdn = lambda *_: "no-such-host.invalid"
+    main()
+"""
+
 FAILING = """
 from tests.integration.failing import Nothing
 from xar_cli.launch import LaunchOptions, run
