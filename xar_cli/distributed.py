@@ -26,6 +26,11 @@ from xar_cli.errors import UserError
 
 Value = TypeVar("Value")
 
+
+class AbsentRanksError(UserError):
+    """The ranks did not meet; another attempt may go better, where other errors of a person would come again."""
+
+
 HOST_TIMEOUT_MINUTES = 60  # rank 0 may write a large checkpoint while the others wait
 TIMEOUT_SECONDS = 600.0  # how long ranks wait for each other, at the start and in a collective
 STORE_POLL_SECONDS = 0.2
@@ -158,7 +163,7 @@ def process_group(device: str = "auto", timeout_seconds: float = TIMEOUT_SECONDS
         timeout_seconds: how long the ranks wait for each other, at the start and in a collective.
 
     Raises:
-        UserError: the ranks did not meet in time, or the port is taken.
+        AbsentRanksError: the ranks did not meet in time, or the port is taken.
     """
     rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     local_rank = int(os.environ.get("LOCAL_RANK", 0))
@@ -188,12 +193,12 @@ def _meet(backend: str, rank: int, world_size: int, seconds: float) -> None:
         dist.init_process_group(backend, rank=rank, world_size=world_size, timeout=timedelta(seconds=seconds))
     except (dist.DistNetworkError, dist.DistStoreError) as error:
         if port_in_use(error):
-            raise UserError(
+            raise AbsentRanksError(
                 f"The port of {place} is in use.",
                 "Choose another one: --rdzv-endpoint HOST:PORT or MASTER_PORT.",
                 exit_code=1,
             ) from None
-        raise UserError(
+        raise AbsentRanksError(
             f"The {world_size} ranks did not meet at {place} within {seconds:.0f} seconds.",
             "Check that all ranks were started, name the same address, and that the port is open.",
             exit_code=1,

@@ -12,15 +12,16 @@ import os
 import signal
 import sys
 import tempfile
+import time
 from collections.abc import Mapping, MutableMapping
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from torch.distributed import DistError
 
 from xar_cli.config.schema import Section
-from xar_cli.distributed import TIMEOUT_SECONDS, local_address, port_in_use, require_store
+from xar_cli.distributed import TIMEOUT_SECONDS, AbsentRanksError, local_address, port_in_use, require_store
 from xar_cli.errors import UserError
 from xar_cli.logs import log, setup_logs
 
@@ -28,7 +29,11 @@ if TYPE_CHECKING:
     from torch.distributed.launcher.api import LaunchConfig
 
 SETTINGS_FILE = "settings.json"
-ERROR_FILE = "user-error.json"
+ERROR_FILES = "user-error-{}.json"  # of a rank of this machine; ends the launch
+ABSENCE_FILE = "absent-ranks.json"  # does not: another attempt may go better
+SECONDS_TO_AGREE = 3.0  # within which ranks end with the same error, if they do
+SECONDS_FOR_MACHINES = 1.0  # that the ranks of other machines get for the same
+SECONDS_TO_BE_STOPPED = 30.0  # that the launcher gets to stop its ranks
 LOOPBACK = "127.0.0.1"
 SECONDS_TO_STOP = 600  # what workers get to write a checkpoint after SIGTERM (torch before 2.9: 30, fixed)
 
@@ -42,7 +47,8 @@ class LaunchOptions:
         nnodes: machines.
         node_rank: number of this machine, 0 to nnodes - 1; machine 0 hosts the meeting point.
         rdzv_endpoint: host:port of machine 0; needed with more than one machine.
-        max_restarts: how often the processes are started again after one of them failed or a machine went away.
+        max_restarts: how often the processes are started again after one of them failed or a machine went away; not
+            after a UserError, which would only come again.
         rdzv_timeout: seconds that the machines wait for each other.
     """
 
@@ -159,9 +165,10 @@ def _launch(stage: str, settings: Section, options: LaunchOptions) -> Mapping[st
             if options.node_rank:
                 host, _, port = options.rdzv_endpoint.rpartition(":")
                 require_store(host, int(port), options.rdzv_timeout)
-            results = elastic_launch(config, _worker)(stage, target, str(folder))
+            results = elastic_launch(config, _worker)(stage, target, str(folder), os.getpid())
         except ChildFailedError as error:
             _raise_user_error(folder)
+            _raise_user_error(folder, ABSENCE_FILE)
             rank, failure = error.get_first_failure()
             log.error("Rank %s failed:\n%s", rank, _traceback(failure.message))
             raise SystemExit(exit_code(failure.exitcode)) from None
@@ -230,27 +237,67 @@ def exit_code(code: int) -> int:
     return 128 - code if code < 0 else code or 1
 
 
-def _raise_user_error(folder: Path) -> None:
+def _raise_user_error(folder: Path, pattern: str = ERROR_FILES.format("*")) -> None:
     """Raise the UserError that a worker left behind, if one did."""
-    path = folder / ERROR_FILE
-    if path.exists():
+    for path in sorted(folder.glob(pattern)):
         raise UserError(**json.loads(path.read_text(encoding="utf-8")))
 
 
-def _worker(stage: str, settings_class: str, folder: str) -> Mapping[str, Any]:
-    """What runs in every started process."""
+def _leave_error(path: Path, error: UserError) -> None:
+    """Write an error where the launcher finds it, whole or not at all."""
+    values = {"message": error.message, "next_step": error.next_step, "exit_code": error.exit_code}
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    temporary.write_text(json.dumps(values), encoding="utf-8")
+    temporary.replace(path)
+
+
+def _worker(stage: str, settings_class: str, folder_name: str, launcher: int) -> Mapping[str, Any]:
+    """What runs in every started process.
+
+    A UserError ends the launch. Where all ranks of this machine have one, the launcher is told to stop. One that a rank
+    has alone is a failure of that rank, so that the launcher stops the others; in the attempt that may follow, and in a
+    rank that starts late, nothing is done any more.
+    """
     setup_logs(int(os.environ["RANK"]))
-    if os.environ["LOCAL_RANK"] == "0":
-        (Path(folder) / ERROR_FILE).unlink(missing_ok=True)  # of an attempt before a restart
-    text = (Path(folder) / SETTINGS_FILE).read_text(encoding="utf-8")
+    folder, local_rank = Path(folder_name), os.environ["LOCAL_RANK"]
+    if local_rank == "0":
+        (folder / ABSENCE_FILE).unlink(missing_ok=True)  # of an attempt before
+    text = (folder / SETTINGS_FILE).read_text(encoding="utf-8")
     try:
+        _raise_user_error(folder)
         return _function(stage)(_function(settings_class).model_validate_json(text))
-    except UserError as error:
-        fields = {"message": error.message, "next_step": error.next_step, "exit_code": error.exit_code}
-        temporary = Path(folder) / f"{ERROR_FILE}.{os.getpid()}"
-        temporary.write_text(json.dumps(fields), encoding="utf-8")
-        temporary.replace(Path(folder) / ERROR_FILE)
+    except AbsentRanksError as error:
+        _leave_error(folder / ABSENCE_FILE, error)
         sys.exit(error.exit_code)
+    except UserError as error:
+        _leave_error(folder / ERROR_FILES.format(local_rank), error)
+        if _all_have_errors(folder):
+            _stop_launcher(launcher)
+        sys.exit(error.exit_code)
+
+
+def _all_have_errors(folder: Path) -> bool:
+    """Whether every rank of this machine ends with a UserError, in a few seconds at most."""
+    deadline = time.monotonic() + SECONDS_TO_AGREE
+    paths = [folder / ERROR_FILES.format(rank) for rank in range(int(os.environ["LOCAL_WORLD_SIZE"]))]
+    while not all(path.exists() for path in paths):
+        if time.monotonic() > deadline:
+            return False
+        time.sleep(0.05)
+    return True
+
+
+def _stop_launcher(launcher: int) -> NoReturn:
+    """Have local rank 0 stop the launcher, and wait to be stopped by it."""
+    if os.environ["LOCAL_RANK"] == "0":
+        if os.environ["LOCAL_WORLD_SIZE"] != os.environ["WORLD_SIZE"]:
+            time.sleep(SECONDS_FOR_MACHINES)  # machine 0 hosts the meeting point of all
+        if os.getppid() == launcher:  # it may have been killed, and this process been given another parent
+            os.kill(launcher, signal.SIGTERM)
+    deadline = time.monotonic() + SECONDS_TO_BE_STOPPED
+    while os.getppid() == launcher and time.monotonic() < deadline:
+        time.sleep(0.05)
+    sys.exit(1)
 
 
 def _function(path: str) -> Any:

@@ -119,14 +119,31 @@ def test_ctrl_c_in_a_terminal(data, tmp_path, ranks):
     assert "Traceback" not in said
 
 
+def rank_of(process):
+    """The process number of one of its ranks."""
+    children = subprocess.run(["pgrep", "-P", str(process.pid), "-f", "spawn_main"], capture_output=True, text=True)
+    return int(children.stdout.split()[-1])
+
+
+@pytest.mark.slow
+def test_a_signal_to_one_rank_stops_all_and_nothing_is_restarted(data, tmp_path):
+    out = tmp_path / "run"
+    process = start(data, out, "--nproc-per-node", "2", "--max-restarts", "3")
+    wait_for_step(process, out, 5)
+    os.kill(rank_of(process), signal.SIGTERM)
+    said = process.communicate(timeout=180)[1]
+    assert process.returncode == 143, said
+    assert latest_checkpoint(RunDir(out)).step == steps_stopped_after(said) == max(losses(out))
+    assert "Going on with" not in said
+
+
 @pytest.mark.slow
 def test_a_rank_killed_twice_is_restarted_and_nothing_differs(data, tmp_path):
     """SIGKILL on a worker: the launcher starts both again, from the newest checkpoint; two ranks, bit for bit."""
     out, undisturbed = tmp_path / "run", tmp_path / "undisturbed"
     process = start(data, out, "--nproc-per-node", "2", "--max-restarts", "1")
     wait_for_step(process, out, 20)
-    children = subprocess.run(["pgrep", "-P", str(process.pid), "-f", "spawn_main"], capture_output=True, text=True)
-    os.kill(int(children.stdout.split()[-1]), signal.SIGKILL)
+    os.kill(rank_of(process), signal.SIGKILL)
     said = process.communicate(timeout=300)[1]
     assert process.returncode == 0, said
     other = start(data, undisturbed, "--nproc-per-node", "2")
