@@ -136,6 +136,9 @@ def assign(target: Tensor, whole: Tensor) -> None:
 def pick_device(name: str, local_rank: int = 0) -> torch.device:
     """The device called `name`: auto (CUDA where there is one), cpu, cuda or cuda:N.
 
+    Without a number it is that of the local rank, or the only one that Slurm lets this task see. Ranks of torch's
+    elastic launcher all see the same devices: there one that is missing is missed.
+
     Raises:
         UserError: CUDA was asked for and is not there, or the name is none of these.
     """
@@ -147,6 +150,9 @@ def pick_device(name: str, local_rank: int = 0) -> torch.device:
     if kind != "cuda" or (index and not index.isdigit()):
         raise UserError(f"There is no device called '{name}'.", "Use auto, cpu, cuda or cuda:N.")
     number = int(index) if index else local_rank
+    of_its_own = torch.cuda.device_count() == 1 and "TORCHELASTIC_RUN_ID" not in os.environ  # srun --gpus-per-task=1
+    if not index and of_its_own:
+        number = 0
     if not torch.cuda.is_available() or number >= torch.cuda.device_count():
         raise UserError(f"Device 'cuda:{number}' is not here.", "Use --device cpu, or check `nvidia-smi`.")
     return torch.device("cuda", number)

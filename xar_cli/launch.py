@@ -79,11 +79,74 @@ class LaunchOptions:
             )
 
 
+@dataclass(frozen=True)
+class Place:
+    """Where this process stands.
+
+    Attributes:
+        rank: its number in the job that it is in already; 0 outside of one.
+        world_size: processes of the job, in or to be started.
+        ranks_here: of these, on this machine.
+        joined: whether it is in a job already.
+    """
+
+    rank: int
+    world_size: int
+    ranks_here: int
+    joined: bool
+
+
+def find_place(options: LaunchOptions, environment: MutableMapping[str, str] = os.environ) -> Place:
+    """The place of this process in the job that it is in already, else at the head of the one that is asked for.
+
+    Raises:
+        UserError: the options make no job, or contradict the one that this process is in.
+    """
+    starter = "RANK and WORLD_SIZE" if "RANK" in environment else "srun"
+    if not join_job(environment):
+        options.check()
+        return Place(0, options.world_size, options.nproc_per_node, joined=False)
+    rank, world_size = int(environment["RANK"]), int(environment["WORLD_SIZE"])
+    ranks_here = int(environment.get("LOCAL_WORLD_SIZE", "0"))
+    against = _contradictions(options, environment)
+    if against:
+        here = f", {ranks_here} on a machine" if ranks_here else ""
+        raise UserError(
+            f"This process is rank {rank} of {world_size}{here}, by {starter}: {' and '.join(against)} "
+            f"{'contradicts' if len(against) == 1 else 'contradict'} that.",
+            "Leave such flags out, and have srun start one task per GPU (--ntasks-per-node)."
+            if starter == "srun"
+            else "Leave such flags out inside torchrun or the like; if these variables are left over, unset them.",
+        )
+    return Place(rank, world_size, ranks_here or 1, joined=True)
+
+
+def _contradictions(options: LaunchOptions, environment: Mapping[str, str]) -> list[str]:
+    """The flags that were given (are not the default) and are not so in the job of this process."""
+    world_size, ranks_here = int(environment["WORLD_SIZE"]), int(environment.get("LOCAL_WORLD_SIZE", "0"))
+    if ranks_here:
+        machines = int(environment.get("GROUP_WORLD_SIZE", -(-world_size // ranks_here)))
+        size_fits = {"nproc_per_node": options.nproc_per_node == ranks_here, "nnodes": options.nnodes == machines}
+    else:
+        size_fits = dict.fromkeys(("nproc_per_node", "nnodes"), options.world_size == world_size)
+    machine = environment.get("GROUP_RANK", environment.get("SLURM_NODEID"))
+    meeting = f"{environment.get('MASTER_ADDR')}:{environment.get('MASTER_PORT')}"
+    fits = {
+        **size_fits,
+        "node_rank": machine is None or options.node_rank == int(machine),
+        "rdzv_endpoint": options.rdzv_endpoint == meeting,
+        "max_restarts": False,  # whoever started this process may start it again
+    }
+    values = {name: getattr(options, name) for name in fits}
+    given = {name: value for name, value in values.items() if value != getattr(LaunchOptions, name)}
+    return [f"--{name.replace('_', '-')} {value}" for name, value in given.items() if not fits[name]]
+
+
 def run(stage: str, settings: Section, options: LaunchOptions) -> Mapping[str, Any]:
     """Run a stage's function in as many processes as asked for, and give what rank 0 returned.
 
-    Inside somebody's torchrun, or as a task of `srun`, this process joins as the rank that it is and the options are
-    not used. Otherwise one process runs it right here, and more run under torch's elastic launcher.
+    Inside somebody's torchrun, or as a task of `srun`, this process joins as the rank that it is; the options must not
+    contradict that. Otherwise one process runs it right here, and more run under torch's elastic launcher.
 
     Args:
         stage: `module:function`; the function takes the settings and returns JSON-ready values.
@@ -91,15 +154,12 @@ def run(stage: str, settings: Section, options: LaunchOptions) -> Mapping[str, A
         options: how many processes, and where.
 
     Raises:
-        UserError: as the stage raised it in a worker, or the machines did not meet in time.
+        UserError: as the stage raised it in a worker, as `find_place`, or the machines did not meet in time.
         SystemExit: a worker failed otherwise; its traceback is on stderr.
     """
-    if join_job(os.environ):
-        setup_logs(int(os.environ["RANK"]))
-        return _function(stage)(settings)
-    options.check()
-    if options.world_size == 1:
-        setup_logs()
+    place = find_place(options)
+    if place.joined or place.world_size == 1:
+        setup_logs(place.rank)
         return _function(stage)(settings)
     return _launch(stage, settings, options)
 
