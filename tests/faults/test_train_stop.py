@@ -11,8 +11,9 @@ import time
 
 import pytest
 
-from tests.caches import PIXEL_OVERRIDES, make_cache
+from tests.caches import PIXEL_OVERRIDES, N, make_cache
 from tests.runs import SMALL, final_tensors, losses, settings, small_recipe
+from tests.unit.train.test_bad_steps import poisoned_cache
 from xar_cli.checkpoint import latest_checkpoint
 from xar_cli.logs import read_metrics
 from xar_cli.run_dir import RunDir
@@ -134,6 +135,18 @@ def test_a_signal_to_one_rank_stops_all_and_nothing_is_restarted(data, tmp_path)
     said = process.communicate(timeout=180)[1]
     assert process.returncode == 143, said
     assert latest_checkpoint(RunDir(out)).step == steps_stopped_after(said) == max(losses(out))
+    assert "Going on with" not in said
+
+
+@pytest.mark.slow
+def test_too_many_bad_steps_are_not_tried_again(tmp_path):
+    out, limit = tmp_path / "run", ("--set", "train.max_bad_steps=3", "--set", "train.checkpoint_every=1000")
+    every_image = poisoned_cache(tmp_path / "latents.h5", list(range(N)))
+    process = start(every_image, out, "--nproc-per-node", "2", "--max-restarts", "3", *limit)
+    said = process.communicate(timeout=180)[1]
+    assert process.returncode == 1, said
+    assert said.count("not finite for 3 steps in a row, up to step 3") == 1
+    assert latest_checkpoint(RunDir(out)).step == 3
     assert "Going on with" not in said
 
 
