@@ -26,6 +26,11 @@ from xar_cli.errors import UserError
 
 Value = TypeVar("Value")
 
+
+class AbsentRanksError(UserError):
+    """The ranks did not meet; another attempt may go better, where other errors of a person would come again."""
+
+
 HOST_TIMEOUT_MINUTES = 60  # rank 0 may write a large checkpoint while the others wait
 TIMEOUT_SECONDS = 600.0  # how long ranks wait for each other, at the start and in a collective
 STORE_POLL_SECONDS = 0.2
@@ -131,6 +136,9 @@ def assign(target: Tensor, whole: Tensor) -> None:
 def pick_device(name: str, local_rank: int = 0) -> torch.device:
     """The device called `name`: auto (CUDA where there is one), cpu, cuda or cuda:N.
 
+    Without a number it is that of the local rank, or the only one that Slurm lets this task see. Ranks of torch's
+    elastic launcher all see the same devices: there one that is missing is missed.
+
     Raises:
         UserError: CUDA was asked for and is not there, or the name is none of these.
     """
@@ -142,6 +150,9 @@ def pick_device(name: str, local_rank: int = 0) -> torch.device:
     if kind != "cuda" or (index and not index.isdigit()):
         raise UserError(f"There is no device called '{name}'.", "Use auto, cpu, cuda or cuda:N.")
     number = int(index) if index else local_rank
+    of_its_own = torch.cuda.device_count() == 1 and "TORCHELASTIC_RUN_ID" not in os.environ  # srun --gpus-per-task=1
+    if not index and of_its_own:
+        number = 0
     if not torch.cuda.is_available() or number >= torch.cuda.device_count():
         raise UserError(f"Device 'cuda:{number}' is not here.", "Use --device cpu, or check `nvidia-smi`.")
     return torch.device("cuda", number)
@@ -158,7 +169,7 @@ def process_group(device: str = "auto", timeout_seconds: float = TIMEOUT_SECONDS
         timeout_seconds: how long the ranks wait for each other, at the start and in a collective.
 
     Raises:
-        UserError: the ranks did not meet in time, or the port is taken.
+        AbsentRanksError: the ranks did not meet in time, or the port is taken.
     """
     rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     local_rank = int(os.environ.get("LOCAL_RANK", 0))
@@ -188,12 +199,12 @@ def _meet(backend: str, rank: int, world_size: int, seconds: float) -> None:
         dist.init_process_group(backend, rank=rank, world_size=world_size, timeout=timedelta(seconds=seconds))
     except (dist.DistNetworkError, dist.DistStoreError) as error:
         if port_in_use(error):
-            raise UserError(
+            raise AbsentRanksError(
                 f"The port of {place} is in use.",
                 "Choose another one: --rdzv-endpoint HOST:PORT or MASTER_PORT.",
                 exit_code=1,
             ) from None
-        raise UserError(
+        raise AbsentRanksError(
             f"The {world_size} ranks did not meet at {place} within {seconds:.0f} seconds.",
             "Check that all ranks were started, name the same address, and that the port is open.",
             exit_code=1,

@@ -12,15 +12,16 @@ import os
 import signal
 import sys
 import tempfile
+import time
 from collections.abc import Mapping, MutableMapping
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from torch.distributed import DistError
 
 from xar_cli.config.schema import Section
-from xar_cli.distributed import TIMEOUT_SECONDS, local_address, port_in_use, require_store
+from xar_cli.distributed import TIMEOUT_SECONDS, AbsentRanksError, local_address, port_in_use, require_store
 from xar_cli.errors import UserError
 from xar_cli.logs import log, setup_logs
 
@@ -28,7 +29,12 @@ if TYPE_CHECKING:
     from torch.distributed.launcher.api import LaunchConfig
 
 SETTINGS_FILE = "settings.json"
-ERROR_FILE = "user-error.json"
+ERROR_FILES = "user-error-{}.json"  # of a rank of this machine; ends the launch
+ABSENCE_FILE = "absent-ranks.json"  # does not: another attempt may go better
+SECONDS_TO_AGREE = 3.0  # within which ranks end with the same error, if they do
+SECONDS_FOR_MACHINES = 1.0  # that the ranks of other machines get for the same
+SECONDS_TO_BE_STOPPED = 30.0  # that the launcher gets to stop its ranks
+LOOPBACK = "127.0.0.1"
 SECONDS_TO_STOP = 600  # what workers get to write a checkpoint after SIGTERM (torch before 2.9: 30, fixed)
 
 
@@ -41,7 +47,8 @@ class LaunchOptions:
         nnodes: machines.
         node_rank: number of this machine, 0 to nnodes - 1; machine 0 hosts the meeting point.
         rdzv_endpoint: host:port of machine 0; needed with more than one machine.
-        max_restarts: how often the processes are started again after one of them failed or a machine went away.
+        max_restarts: how often the processes are started again after one of them failed or a machine went away; not
+            after a UserError, which would only come again.
         rdzv_timeout: seconds that the machines wait for each other.
     """
 
@@ -72,11 +79,74 @@ class LaunchOptions:
             )
 
 
+@dataclass(frozen=True)
+class Place:
+    """Where this process stands.
+
+    Attributes:
+        rank: its number in the job that it is in already; 0 outside of one.
+        world_size: processes of the job, in or to be started.
+        ranks_here: of these, on this machine.
+        joined: whether it is in a job already.
+    """
+
+    rank: int
+    world_size: int
+    ranks_here: int
+    joined: bool
+
+
+def find_place(options: LaunchOptions, environment: MutableMapping[str, str] = os.environ) -> Place:
+    """The place of this process in the job that it is in already, else at the head of the one that is asked for.
+
+    Raises:
+        UserError: the options make no job, or contradict the one that this process is in.
+    """
+    starter = "RANK and WORLD_SIZE" if "RANK" in environment else "srun"
+    if not join_job(environment):
+        options.check()
+        return Place(0, options.world_size, options.nproc_per_node, joined=False)
+    rank, world_size = int(environment["RANK"]), int(environment["WORLD_SIZE"])
+    ranks_here = int(environment.get("LOCAL_WORLD_SIZE", "0"))
+    against = _contradictions(options, environment)
+    if against:
+        here = f", {ranks_here} on a machine" if ranks_here else ""
+        raise UserError(
+            f"This process is rank {rank} of {world_size}{here}, by {starter}: {' and '.join(against)} "
+            f"{'contradicts' if len(against) == 1 else 'contradict'} that.",
+            "Leave such flags out, and have srun start one task per GPU (--ntasks-per-node)."
+            if starter == "srun"
+            else "Leave such flags out inside torchrun or the like; if these variables are left over, unset them.",
+        )
+    return Place(rank, world_size, ranks_here or 1, joined=True)
+
+
+def _contradictions(options: LaunchOptions, environment: Mapping[str, str]) -> list[str]:
+    """The flags that were given (are not the default) and are not so in the job of this process."""
+    world_size, ranks_here = int(environment["WORLD_SIZE"]), int(environment.get("LOCAL_WORLD_SIZE", "0"))
+    if ranks_here:
+        machines = int(environment.get("GROUP_WORLD_SIZE", -(-world_size // ranks_here)))
+        size_fits = {"nproc_per_node": options.nproc_per_node == ranks_here, "nnodes": options.nnodes == machines}
+    else:
+        size_fits = dict.fromkeys(("nproc_per_node", "nnodes"), options.world_size == world_size)
+    machine = environment.get("GROUP_RANK", environment.get("SLURM_NODEID"))
+    meeting = f"{environment.get('MASTER_ADDR')}:{environment.get('MASTER_PORT')}"
+    fits = {
+        **size_fits,
+        "node_rank": machine is None or options.node_rank == int(machine),
+        "rdzv_endpoint": options.rdzv_endpoint == meeting,
+        "max_restarts": False,  # whoever started this process may start it again
+    }
+    values = {name: getattr(options, name) for name in fits}
+    given = {name: value for name, value in values.items() if value != getattr(LaunchOptions, name)}
+    return [f"--{name.replace('_', '-')} {value}" for name, value in given.items() if not fits[name]]
+
+
 def run(stage: str, settings: Section, options: LaunchOptions) -> Mapping[str, Any]:
     """Run a stage's function in as many processes as asked for, and give what rank 0 returned.
 
-    Inside somebody's torchrun, or as a task of `srun`, this process joins as the rank that it is and the options are
-    not used. Otherwise one process runs it right here, and more run under torch's elastic launcher.
+    Inside somebody's torchrun, or as a task of `srun`, this process joins as the rank that it is; the options must not
+    contradict that. Otherwise one process runs it right here, and more run under torch's elastic launcher.
 
     Args:
         stage: `module:function`; the function takes the settings and returns JSON-ready values.
@@ -84,15 +154,12 @@ def run(stage: str, settings: Section, options: LaunchOptions) -> Mapping[str, A
         options: how many processes, and where.
 
     Raises:
-        UserError: as the stage raised it in a worker, or the machines did not meet in time.
+        UserError: as the stage raised it in a worker, as `find_place`, or the machines did not meet in time.
         SystemExit: a worker failed otherwise; its traceback is on stderr.
     """
-    if join_job(os.environ):
-        setup_logs(int(os.environ["RANK"]))
-        return _function(stage)(settings)
-    options.check()
-    if options.world_size == 1:
-        setup_logs()
+    place = find_place(options)
+    if place.joined or place.world_size == 1:
+        setup_logs(place.rank)
         return _function(stage)(settings)
     return _launch(stage, settings, options)
 
@@ -158,9 +225,10 @@ def _launch(stage: str, settings: Section, options: LaunchOptions) -> Mapping[st
             if options.node_rank:
                 host, _, port = options.rdzv_endpoint.rpartition(":")
                 require_store(host, int(port), options.rdzv_timeout)
-            results = elastic_launch(config, _worker)(stage, target, str(folder))
+            results = elastic_launch(config, _worker)(stage, target, str(folder), os.getpid())
         except ChildFailedError as error:
             _raise_user_error(folder)
+            _raise_user_error(folder, ABSENCE_FILE)
             rank, failure = error.get_first_failure()
             log.error("Rank %s failed:\n%s", rank, _traceback(failure.message))
             raise SystemExit(exit_code(failure.exitcode)) from None
@@ -193,14 +261,14 @@ def _launch_config(stage: str, options: LaunchOptions) -> LaunchConfig:
         nproc_per_node=options.nproc_per_node,
         run_id=f"xar-{stage}",
         rdzv_backend="c10d",
-        rdzv_endpoint="localhost:0" if single else options.rdzv_endpoint,
+        rdzv_endpoint=f"{LOOPBACK}:0" if single else options.rdzv_endpoint,
         rdzv_configs={
             "is_host": options.node_rank == 0,
             "join_timeout": options.rdzv_timeout,
             "read_timeout": options.rdzv_timeout,
         },
-        # The name of a machine often stands for its loopback address: give the one that leads to machine 0.
-        local_addr=None if single else _address_towards(options.rdzv_endpoint),
+        # Never by the machine's own name: it may lead nowhere, and often stands for the loopback address.
+        local_addr=LOOPBACK if single else _address_towards(options.rdzv_endpoint),
         max_restarts=options.max_restarts,
         start_method="spawn",
         monitor_interval=0.2,
@@ -229,27 +297,67 @@ def exit_code(code: int) -> int:
     return 128 - code if code < 0 else code or 1
 
 
-def _raise_user_error(folder: Path) -> None:
+def _raise_user_error(folder: Path, pattern: str = ERROR_FILES.format("*")) -> None:
     """Raise the UserError that a worker left behind, if one did."""
-    path = folder / ERROR_FILE
-    if path.exists():
+    for path in sorted(folder.glob(pattern)):
         raise UserError(**json.loads(path.read_text(encoding="utf-8")))
 
 
-def _worker(stage: str, settings_class: str, folder: str) -> Mapping[str, Any]:
-    """What runs in every started process."""
+def _leave_error(path: Path, error: UserError) -> None:
+    """Write an error where the launcher finds it, whole or not at all."""
+    values = {"message": error.message, "next_step": error.next_step, "exit_code": error.exit_code}
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    temporary.write_text(json.dumps(values), encoding="utf-8")
+    temporary.replace(path)
+
+
+def _worker(stage: str, settings_class: str, folder_name: str, launcher: int) -> Mapping[str, Any]:
+    """What runs in every started process.
+
+    A UserError ends the launch. Where all ranks of this machine have one, the launcher is told to stop. One that a rank
+    has alone is a failure of that rank, so that the launcher stops the others; in the attempt that may follow, and in a
+    rank that starts late, nothing is done any more.
+    """
     setup_logs(int(os.environ["RANK"]))
-    if os.environ["LOCAL_RANK"] == "0":
-        (Path(folder) / ERROR_FILE).unlink(missing_ok=True)  # of an attempt before a restart
-    text = (Path(folder) / SETTINGS_FILE).read_text(encoding="utf-8")
+    folder, local_rank = Path(folder_name), os.environ["LOCAL_RANK"]
+    if local_rank == "0":
+        (folder / ABSENCE_FILE).unlink(missing_ok=True)  # of an attempt before
+    text = (folder / SETTINGS_FILE).read_text(encoding="utf-8")
     try:
+        _raise_user_error(folder)
         return _function(stage)(_function(settings_class).model_validate_json(text))
-    except UserError as error:
-        fields = {"message": error.message, "next_step": error.next_step, "exit_code": error.exit_code}
-        temporary = Path(folder) / f"{ERROR_FILE}.{os.getpid()}"
-        temporary.write_text(json.dumps(fields), encoding="utf-8")
-        temporary.replace(Path(folder) / ERROR_FILE)
+    except AbsentRanksError as error:
+        _leave_error(folder / ABSENCE_FILE, error)
         sys.exit(error.exit_code)
+    except UserError as error:
+        _leave_error(folder / ERROR_FILES.format(local_rank), error)
+        if _all_have_errors(folder):
+            _stop_launcher(launcher)
+        sys.exit(error.exit_code)
+
+
+def _all_have_errors(folder: Path) -> bool:
+    """Whether every rank of this machine ends with a UserError, in a few seconds at most."""
+    deadline = time.monotonic() + SECONDS_TO_AGREE
+    paths = [folder / ERROR_FILES.format(rank) for rank in range(int(os.environ["LOCAL_WORLD_SIZE"]))]
+    while not all(path.exists() for path in paths):
+        if time.monotonic() > deadline:
+            return False
+        time.sleep(0.05)
+    return True
+
+
+def _stop_launcher(launcher: int) -> NoReturn:
+    """Have local rank 0 stop the launcher, and wait to be stopped by it."""
+    if os.environ["LOCAL_RANK"] == "0":
+        if os.environ["LOCAL_WORLD_SIZE"] != os.environ["WORLD_SIZE"]:
+            time.sleep(SECONDS_FOR_MACHINES)  # machine 0 hosts the meeting point of all
+        if os.getppid() == launcher:  # it may have been killed, and this process been given another parent
+            os.kill(launcher, signal.SIGTERM)
+    deadline = time.monotonic() + SECONDS_TO_BE_STOPPED
+    while os.getppid() == launcher and time.monotonic() < deadline:
+        time.sleep(0.05)
+    sys.exit(1)
 
 
 def _function(path: str) -> Any:

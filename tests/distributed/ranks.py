@@ -5,6 +5,7 @@ As a program it is one rank: `python -m tests.distributed.ranks JOBS.json`.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import socket
@@ -32,7 +33,8 @@ def run_jobs(jobs: dict[str, dict], folder: Path, world_size: int = 2, timeout: 
     A job is the settings of a run (as `TrainSettings` takes them, config as the overrides of `small_recipe`), and
     maybe `fail_at`, a step at which all ranks raise, `rank_overrides`, more overrides for a rank, `rank_data`, another
     cache for a rank, and of ranks whose memory is probed `rank_holds`, the largest batch, and `rank_uses`, the share of
-    the machine that each of the first two images of a batch takes, as if more of them took nothing.
+    the machine that each of the first two images of a batch takes, as if more of them took nothing. With `digests`, a
+    folder, every rank writes there a line for each step: a digest of what it holds of weights and optimizer state.
     """
     ports = free_ports(len(jobs))
     numbered = {name: {**job, "port": port} for (name, job), port in zip(jobs.items(), ports, strict=True)}
@@ -61,6 +63,18 @@ def run_jobs(jobs: dict[str, dict], folder: Path, world_size: int = 2, timeout: 
     return {name: [of_rank[name] for of_rank in said] for name in jobs}
 
 
+def _digest(state) -> str:
+    """Of what this rank holds of the weights and of the optimizer's state."""
+    from xar_cli.train.parallel import local_part
+
+    digest = hashlib.sha256()
+    for parameter in state.model.parameters():
+        kept = state.optimizer.state[parameter]
+        for tensor in (parameter, kept["exp_avg"], kept["exp_avg_sq"], kept["step"]):
+            digest.update(local_part(tensor.detach()).numpy().tobytes())
+    return digest.hexdigest()
+
+
 def _main(path: Path) -> None:
     import torch
 
@@ -81,10 +95,15 @@ def _main(path: Path) -> None:
 
         fail_at = job.get("fail_at")
 
-        def step(state, *rest, fail_at=fail_at):
+        digests = job.get("digests")
+
+        def step(state, *rest, fail_at=fail_at, digests=digests):
             if state.step == fail_at:
                 raise UserError("Failed as asked.", "")
             take_step(state, *rest)
+            if digests:
+                with (Path(digests) / f"rank-{rank}").open("a") as file:
+                    file.write(_digest(state) + "\n")
 
         holds = job.get("rank_holds", {}).get(str(rank))
 

@@ -12,8 +12,9 @@ import time
 
 import pytest
 
-from tests.caches import PIXEL_OVERRIDES, make_cache
+from tests.caches import PIXEL_OVERRIDES, N, make_cache
 from tests.runs import SMALL, final_tensors, losses, settings, small_recipe
+from tests.unit.train.test_bad_steps import poisoned_cache
 from xar_cli.checkpoint import latest_checkpoint
 from xar_cli.logs import read_metrics
 from xar_cli.run_dir import RunDir
@@ -28,16 +29,17 @@ def data(tmp_path_factory):
     return make_cache(tmp_path_factory.mktemp("cache") / "latents.h5")
 
 
-def start(data, out, *options):
+def start(data, out, *options, **process):
     sets = [part for override in (*PIXEL_OVERRIDES, *SMALL, *LONG) for part in ("--set", override)]
-    return run_xar(
-        "train", "--recipe", "tiny", "--data", str(data), "--out", str(out), "--device", "cpu", *sets, *options
-    )
+    arguments = ("--data", str(data), "--out", str(out), "--device", "cpu", *sets, *options)
+    return run_xar("train", "--recipe", "tiny", *arguments, **process)
 
 
-def run_xar(*arguments):
+def run_xar(*arguments, **process):
     command, environment = [sys.executable, "-m", "xar_cli", *arguments], {**os.environ, "OMP_NUM_THREADS": "1"}
-    return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    return subprocess.Popen(
+        command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **process
+    )
 
 
 def wait_for_step(process, out, step, seconds=240):
@@ -127,14 +129,60 @@ def test_all_ranks_stop_together(data, tmp_path, number, code):
     assert "Traceback" not in said
 
 
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_ctrl_c_in_a_terminal(data, tmp_path, ranks):
+    """A terminal sends SIGINT to the launcher and to every rank, and the launcher passes its own on to them.
+
+    Steps of many short operations: a rank notices both, where one long operation would let it see them as one.
+    """
+    out = tmp_path / "run"
+    slow = ("--set", "model={dim: 64, depth: 8, heads: 4, dropout: 0.1}", "--set", "train.max_batch_per_rank=1")
+    process = start(data, out, "--nproc-per-node", str(ranks), *slow, start_new_session=True)
+    wait_for_step(process, out, 3)
+    os.killpg(process.pid, signal.SIGINT)
+    said = process.communicate(timeout=180)[1]
+    assert process.returncode == 130, said
+    assert latest_checkpoint(RunDir(out)).step == steps_stopped_after(said)
+    assert "Traceback" not in said
+
+
+def rank_of(process):
+    """The process number of one of its ranks."""
+    children = subprocess.run(["pgrep", "-P", str(process.pid), "-f", "spawn_main"], capture_output=True, text=True)
+    return int(children.stdout.split()[-1])
+
+
+@pytest.mark.slow
+def test_a_signal_to_one_rank_stops_all_and_nothing_is_restarted(data, tmp_path):
+    out = tmp_path / "run"
+    process = start(data, out, "--nproc-per-node", "2", "--max-restarts", "3")
+    wait_for_step(process, out, 5)
+    os.kill(rank_of(process), signal.SIGTERM)
+    said = process.communicate(timeout=180)[1]
+    assert process.returncode == 143, said
+    assert latest_checkpoint(RunDir(out)).step == steps_stopped_after(said) == max(losses(out))
+    assert "Going on with" not in said
+
+
+@pytest.mark.slow
+def test_too_many_bad_steps_are_not_tried_again(tmp_path):
+    out, limit = tmp_path / "run", ("--set", "train.max_bad_steps=3", "--set", "train.checkpoint_every=1000")
+    every_image = poisoned_cache(tmp_path / "latents.h5", list(range(N)))
+    process = start(every_image, out, "--nproc-per-node", "2", "--max-restarts", "3", *limit)
+    said = process.communicate(timeout=180)[1]
+    assert process.returncode == 1, said
+    assert said.count("not finite for 3 steps in a row, up to step 3") == 1
+    assert latest_checkpoint(RunDir(out)).step == 3
+    assert "Going on with" not in said
+
+
 @pytest.mark.slow
 def test_a_rank_killed_twice_is_restarted_and_nothing_differs(data, tmp_path):
     """SIGKILL on a worker: the launcher starts both again, from the newest checkpoint; two ranks, bit for bit."""
     out, undisturbed = tmp_path / "run", tmp_path / "undisturbed"
     process = start(data, out, "--nproc-per-node", "2", "--max-restarts", "1")
     wait_for_step(process, out, 20)
-    children = subprocess.run(["pgrep", "-P", str(process.pid), "-f", "spawn_main"], capture_output=True, text=True)
-    os.kill(int(children.stdout.split()[-1]), signal.SIGKILL)
+    os.kill(rank_of(process), signal.SIGKILL)
     said = process.communicate(timeout=300)[1]
     assert process.returncode == 0, said
     other = start(data, undisturbed, "--nproc-per-node", "2")

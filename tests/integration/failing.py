@@ -4,12 +4,49 @@ from __future__ import annotations
 
 import os
 import time
+from contextlib import nullcontext
+from pathlib import Path
 
 from xar_cli.config.schema import Section
+from xar_cli.distributed import process_group
+from xar_cli.errors import UserError
 
 
 class Nothing(Section):
     """No settings."""
+
+
+class Attempts(Section):
+    """A file that gets a line from every rank that starts, and which ranks end with a UserError."""
+
+    path: Path
+    ranks: tuple[int, ...]
+    exit_code: int = 2
+    in_a_group: bool = False  # the others wait for the failing rank; else they go on with work of their own
+
+
+def end_with_user_error(settings: Attempts) -> dict:
+    """Bad input that a rank finds by itself; all the others wait for it, or work on."""
+    rank = int(os.environ["RANK"])
+    with settings.path.open("a") as file:
+        file.write(f"{rank}\n")
+    with process_group("cpu") if settings.in_a_group else nullcontext() as ranks:
+        if rank in settings.ranks:
+            raise UserError(f"Bad input on {len(settings.ranks)} ranks.", "Mend it.", settings.exit_code)
+        if ranks is not None:
+            ranks.barrier()
+        time.sleep(60)
+    return {}
+
+
+def fail_once(settings: Attempts) -> dict:
+    """A real fault in the first attempt."""
+    rank = int(os.environ["RANK"])
+    with settings.path.open("a") as file:
+        file.write(f"{rank}\n")
+    if rank == 1 and settings.path.read_text().count("1") == 1:
+        raise RuntimeError("a passing fault")
+    return {"done": True}
 
 
 def fail_on_rank_1(settings: Nothing) -> dict:

@@ -155,6 +155,80 @@ def test_the_failing_ranks_traceback_is_shown(tmp_path):
     assert "in fail_on_rank_1" in error
 
 
+def test_a_machine_whose_own_name_leads_nowhere(data, tmp_path):
+    """Several ranks of one machine meet all the same: its name is not asked for."""
+    given = arguments(data, tmp_path / "run", "--nproc-per-node", "2", "--rdzv-timeout", "20")[2:]
+    code, _, error = finish(start([sys.executable, "-c", NAMELESS, *given], PYTHONPATH=os.getcwd()))
+    assert code == 0, error
+
+
+def launched(stage, path, restarts, **settings):
+    """A launch of two ranks of a stage in failing.py: exit code, stderr, how often each rank was started."""
+    code, _, error = finish(
+        start([sys.executable, "-c", RESTARTING, stage, str(path), str(restarts), json.dumps(settings)],
+              PYTHONPATH=os.getcwd()),
+        timeout=120,
+    )  # fmt: skip
+    started = path.read_text().split()
+    return code, error, {rank: started.count(str(rank)) for rank in range(2)}
+
+
+RESTARTING = """
+import json
+import sys
+from tests.integration.failing import Attempts
+from xar_cli.errors import UserError
+from xar_cli.launch import LaunchOptions, run
+
+if __name__ == "__main__":
+    stage, path, restarts, settings = sys.argv[1:]
+    options = LaunchOptions(nproc_per_node=2, max_restarts=int(restarts))
+    try:
+        run(f"tests.integration.failing:{stage}", Attempts(path=path, **json.loads(settings)), options)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(error.exit_code)
+"""
+
+
+@pytest.mark.parametrize(
+    ("ranks", "exit_code", "in_a_group"),
+    [
+        ([0, 1], 143, True),
+        ([1], 2, True),
+        pytest.param([0, 1], 2, False, marks=pytest.mark.slow),
+        pytest.param([0], 1, False, marks=pytest.mark.slow),
+    ],
+)
+def test_a_user_error_is_not_tried_again(tmp_path, ranks, exit_code, in_a_group):
+    """Found by all ranks or by one, whether the others wait for it or not; and not waited for long."""
+    began = time.monotonic()
+    code, error, started = launched(
+        "end_with_user_error", tmp_path / "a", 3, ranks=ranks, exit_code=exit_code, in_a_group=in_a_group
+    )
+    assert code == exit_code, error
+    assert f"error: Bad input on {len(ranks)} ranks. Mend it." in error
+    assert "Traceback" not in error
+    assert max(started.values()) == 1  # a rank that starts late finds that nothing is to be done
+    assert time.monotonic() - began < 50
+
+
+@pytest.mark.slow
+def test_a_fault_is_tried_again(tmp_path):
+    code, error, started = launched("fail_once", tmp_path / "a", 1, ranks=[])
+    assert code == 0, error
+    assert started[1] == 2
+
+
+NAMELESS = """
+import socket
+from xar_cli.cli.app import main
+
+if __name__ == "__main__":
+    socket.getfqdn = lambda *_: "no-such-host.invalid"
+    main()
+"""
+
 FAILING = """
 from tests.integration.failing import Nothing
 from xar_cli.launch import LaunchOptions, run

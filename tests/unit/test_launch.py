@@ -1,9 +1,11 @@
 import pytest
+import torch
 
 from xar_cli import launch
 from xar_cli.config.schema import Section
+from xar_cli.distributed import pick_device
 from xar_cli.errors import UserError
-from xar_cli.launch import LaunchOptions, first_host, join_job
+from xar_cli.launch import LaunchOptions, Place, find_place, first_host, join_job
 
 
 class Message(Section):
@@ -117,6 +119,77 @@ def test_torchrun_comes_before_slurm():
     environment = slurm(RANK="3", WORLD_SIZE="4")
     assert join_job(environment)
     assert environment["RANK"] == "3"
+
+
+SLURM_8 = slurm(SLURM_TASKS_PER_NODE="8(x2)", SLURM_NODEID="1")
+SLURM_1 = slurm(SLURM_TASKS_PER_NODE="1(x16)", SLURM_LOCALID="0", SLURM_NODEID="9")
+TORCHRUN = {
+    "RANK": "5", "WORLD_SIZE": "8", "LOCAL_WORLD_SIZE": "4", "GROUP_WORLD_SIZE": "2", "GROUP_RANK": "1",
+    "MASTER_ADDR": "gpu01", "MASTER_PORT": "29500",
+}  # fmt: skip
+LEFT_OVER = {"RANK": "0", "WORLD_SIZE": "1"}
+
+
+@pytest.mark.parametrize(
+    ("environment", "options", "place"),
+    [
+        (SLURM_8, LaunchOptions(), Place(9, 16, 8, True)),
+        (SLURM_8, LaunchOptions(nproc_per_node=8), Place(9, 16, 8, True)),
+        (SLURM_8, LaunchOptions(8, 2, 1), Place(9, 16, 8, True)),
+        (TORCHRUN, LaunchOptions(4, 2, 1, "gpu01:29500"), Place(5, 8, 4, True)),
+        (LEFT_OVER, LaunchOptions(), Place(0, 1, 1, True)),
+        ({"RANK": "3", "WORLD_SIZE": "4"}, LaunchOptions(nproc_per_node=4), Place(3, 4, 1, True)),
+        ({}, LaunchOptions(8, 4, 3, "gpu01:29500"), Place(0, 32, 8, False)),
+    ],
+)
+def test_flags_that_agree_with_the_job(environment, options, place):
+    assert find_place(options, dict(environment)) == place
+
+
+@pytest.mark.parametrize(
+    ("environment", "options", "job", "flags"),
+    [
+        (SLURM_1, LaunchOptions(8, 16), "rank 9 of 16, 1 on a machine, by srun", "--nproc-per-node 8 contradicts"),
+        (SLURM_8, LaunchOptions(4, 4), "by srun", "--nproc-per-node 4 and --nnodes 4 contradict "),
+        (SLURM_8, LaunchOptions(8, 2, 3), "by srun", "--node-rank 3 contradicts"),
+        (SLURM_8, LaunchOptions(max_restarts=2), "by srun", "--max-restarts 2 contradicts"),
+        (SLURM_8, LaunchOptions(rdzv_endpoint="a:1"), "by srun", "--rdzv-endpoint a:1 contradicts"),
+        (TORCHRUN, LaunchOptions(nproc_per_node=8), "rank 5 of 8, 4 on a machine, by RANK", "--nproc-per-node 8 "),
+        (TORCHRUN, LaunchOptions(nnodes=4), "by RANK and WORLD_SIZE", "--nnodes 4 contradicts"),
+        (LEFT_OVER, LaunchOptions(nproc_per_node=8), "rank 0 of 1, by RANK", "--nproc-per-node 8 contradicts"),
+    ],
+)
+def test_flags_that_contradict_the_job_are_refused(environment, options, job, flags):
+    with pytest.raises(UserError, match="Leave such flags out") as caught:
+        find_place(options, dict(environment))
+    assert job in caught.value.message
+    assert flags in caught.value.message
+    assert ("srun" in caught.value.next_step) == ("by srun" in job)
+
+
+def test_a_stage_is_not_run_where_flags_contradict_the_job(monkeypatch):
+    for name, value in LEFT_OVER.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(UserError, match="--nproc-per-node 2 contradicts"):
+        launch.run("tests.unit.test_launch:shout", Message(text="hi"), LaunchOptions(nproc_per_node=2))
+
+
+@pytest.mark.parametrize(
+    ("devices", "local_rank", "elastic", "picked"),
+    [(1, 3, False, "cuda:0"), (8, 3, False, "cuda:3"), (8, 3, True, "cuda:3"), (1, 3, True, None), (2, 3, False, None)],
+)
+def test_device_of_a_rank(monkeypatch, devices, local_rank, elastic, picked):
+    """A task of Slurm may see one device, its own; where ranks see the same devices, none is taken twice."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: devices)
+    monkeypatch.delenv("TORCHELASTIC_RUN_ID", raising=False)
+    if elastic:
+        monkeypatch.setenv("TORCHELASTIC_RUN_ID", "xar")
+    if picked:
+        assert pick_device("auto", local_rank) == torch.device(picked)
+        return
+    with pytest.raises(UserError, match="'cuda:3' is not here"):
+        pick_device("cuda", local_rank)
 
 
 @pytest.mark.parametrize(("code", "shown"), [(-9, 137), (-15, 143), (2, 2), (1, 1), (0, 1)])

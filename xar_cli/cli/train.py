@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from pathlib import Path
 from typing import Annotated
 
@@ -66,7 +65,7 @@ def train(
     """
     from xar_cli.config import load_recipe
     from xar_cli.errors import UserError
-    from xar_cli.launch import LaunchOptions, run
+    from xar_cli.launch import LaunchOptions, find_place, run
     from xar_cli.train.loop import TrainSettings, dry_run_plan
     from xar_cli.train.plan import describe_plan
     from xar_cli.train.preview import Measure
@@ -76,12 +75,14 @@ def train(
     batch = [f"train.max_batch_per_rank={max_batch_per_rank}"] if max_batch_per_rank else []
     config = load_recipe(recipe, [*(overrides or ()), *batch])
     launch = LaunchOptions(nproc_per_node, nnodes, node_rank, rdzv_endpoint, max_restarts, rdzv_timeout)
-    launch.check()
+    place = find_place(launch)
     out = out or Path("runs") / config.name
     measure = Measure(inception_weights=tuple(inception_weights or ()))
     if dry_run:
+        if place.rank:  # rank 0 speaks for all
+            return
         plan = dry_run_plan(
-            config, data, out, launch.world_size, allow_recipe_change, device, launch.nproc_per_node,
+            config, data, out, place.world_size, allow_recipe_change, device, place.ranks_here,
             init_from, reference, measure,
         )  # fmt: skip
         if as_json:
@@ -105,5 +106,5 @@ def train(
         timeout=rdzv_timeout,
     )
     result = run("xar_cli.train.loop:train", settings, launch)
-    if not int(os.environ.get("RANK", "0")):  # as a task of srun or torchrun, rank 0 speaks for all
+    if not place.rank:
         typer.echo(json.dumps(result) if as_json else f"Trained {result['steps']} steps: {result['run']}")

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import signal
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 from xar_cli.distributed import Ranks
 from xar_cli.errors import UserError
 
+SECONDS_OF_ONE_CTRL_C = 2.0  # a terminal sends Ctrl-C to every process, and the launcher passes its own on to the ranks
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)  # Slurm's pre-emption: SIGTERM, or what --signal names
 
 
@@ -20,7 +22,13 @@ class StopRequest:
     """Whether somebody wants the run to stop."""
 
     def __init__(self) -> None:
-        self._received = 0
+        self._received = 0  # the first signal
+        self._since = 0.0
+
+    @property
+    def interrupted(self) -> bool:
+        """Whether Ctrl-C came first."""
+        return self._received == signal.SIGINT
 
     def agreed(self, ranks: Ranks) -> signal.Signals | None:
         """The signal that any rank has received, on all ranks; every rank calls this after the same step."""
@@ -33,19 +41,24 @@ class StopRequest:
             raise StopError(f"Stopped by {signal.Signals(self._received).name}.", "The same command goes on.")
 
     def note(self, number: int, _: object) -> None:
-        """The handler; a second SIGINT acts at once."""
-        if self._received and number == signal.SIGINT:
+        """The handler; SIGINT acts at once when a stop was asked for a while ago."""
+        if not self._received:
+            self._received, self._since = number, time.monotonic()
+        elif number == signal.SIGINT and time.monotonic() - self._since > SECONDS_OF_ONE_CTRL_C:
             raise KeyboardInterrupt
-        self._received = number
 
 
 @contextmanager
 def stop_signals() -> Iterator[StopRequest]:
-    """Note stop signals instead of dying of them, until the block is left."""
+    """Note stop signals instead of dying of them, until the block is left; after Ctrl-C, SIGINT is noted on.
+
+    The launcher's copy of it may still come, and must not break into an end in good order.
+    """
     request = StopRequest()
     before = {number: signal.signal(number, request.note) for number in STOP_SIGNALS}
     try:
         yield request
     finally:
         for number, handler in before.items():
-            signal.signal(number, handler)
+            if not (number == signal.SIGINT and request.interrupted):
+                signal.signal(number, handler)
