@@ -330,6 +330,7 @@ def _worker(stage: str, settings_class: str, folder_name: str, launcher: int) ->
         _leave_error(folder / ABSENCE_FILE, error)
         sys.exit(error.exit_code)
     except UserError as error:
+        signal.signal(signal.SIGTERM, _leave)  # the launcher may stop this rank before it ends by itself
         _leave_error(folder / ERROR_FILES.format(local_rank), error)
         if _all_have_errors(folder):
             _stop_launcher(launcher)
@@ -345,6 +346,12 @@ def _all_have_errors(folder: Path) -> bool:
             return False
         time.sleep(0.05)
     return True
+
+
+def _leave(*_: object) -> NoReturn:
+    """A handler that ends this process in good order, so that nothing is left to be complained about."""
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    sys.exit(1)
 
 
 def _stop_launcher(launcher: int) -> NoReturn:

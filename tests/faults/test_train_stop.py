@@ -144,6 +144,7 @@ def test_ctrl_c_in_a_terminal(data, tmp_path, ranks):
     assert process.returncode == 130, said
     assert latest_checkpoint(RunDir(out)).step == steps_stopped_after(said)
     assert "Traceback" not in said
+    assert "leaked" not in said
 
 
 def rank_of(process):
