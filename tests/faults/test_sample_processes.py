@@ -94,7 +94,7 @@ def test_two_processes_on_a_disk_that_becomes_full_keep_what_they_made(weights, 
     assert "the same command makes the rest" in " ".join(said.split())
     assert "Traceback" not in said
     there = sorted(int(path.stem) for path in out.glob("*.png"))
-    assert 9 < len(there) < count
+    assert 0 < len(there) < count
     kept = dict(zip(there, map(np.asarray, load_images(out, there, (8, 8))), strict=True))
     filler.unlink()
     assert finish(again)["made"] == count - len(there)
