@@ -73,7 +73,7 @@ class RunDir:
 
     def left_by_a_kill(self) -> list[Path]:
         """Files that were being written when a job died, as `write_atomic` names them."""
-        places = (self.config, self.identity, self.metrics, self.skipped_steps)
+        places = (self.config, self.identity, self.status, self.metrics, self.skipped_steps)
         return [path for place in places for path in temporary_files(place)]
 
     def exists(self) -> bool:
