@@ -30,7 +30,7 @@ from benchmarks import plain
 from xar_cli.config import Config, load_recipe
 from xar_cli.model import XAR
 from xar_cli.precision import autocast
-from xar_cli.sample.network import prepare_network
+from xar_cli.sample.network import SamplingNetwork, prepare_network
 from xar_cli.sample.plan import SamplingPlan, flops_per_image
 from xar_cli.sample.sampler import sample_latents
 from xar_cli.weights import from_published
@@ -60,7 +60,9 @@ def build_pair(config: Config) -> tuple[plain.PlainXAR, dict[str, Tensor]]:
     return network, dict(from_published(network.state_dict(), config))
 
 
-def build_ours(config: Config, state: dict[str, Tensor], precision: str, compiled: bool, packed: bool = True) -> XAR:
+def build_ours(
+    config: Config, state: dict[str, Tensor], precision: str, compiled: bool, packed: bool = True
+) -> SamplingNetwork:
     """Our network with these weights, ready for sampling."""
     model = XAR(config)
     model.load_state_dict({name: tensor.clone() for name, tensor in state.items()})
