@@ -60,7 +60,8 @@ def prepare_network(
         if packed:
             replace_parts(block, PRODUCTS, PackedLinear)
         if compiled:
-            torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, COMPILED_SHAPES)
+            limits = torch._dynamo.config  # of recompilations; the name that torch 2.6 has too
+            limits.cache_size_limit = max(limits.cache_size_limit, COMPILED_SHAPES)
             parts = PARTS_BETWEEN_PRODUCTS if packed else PARTS_AROUND_ATTENTION
             replace_parts(block, parts, lambda part: torch.compile(part, dynamic=False))
     return SamplingNetwork(model, CudaGraphs() if recorded and model.rope.is_cuda else None)

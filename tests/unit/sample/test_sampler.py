@@ -256,7 +256,7 @@ def test_every_kind_compiles_whole(monkeypatch, entity, side, packed):
     model = small_model(entity, image_size=side)
     plan = plan_for(model, interval=(0.1, 0.8))
     expected = draw(model, plan)
-    with torch._dynamo.config.patch(recompile_limit=8):  # as in a new process
+    with torch._dynamo.config.patch(cache_size_limit=8):  # as in a new process
         ready = prepare_network(small_model(entity, image_size=side), "fp32", compiled=True, packed=packed)
         found = draw(ready, plan)
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
