@@ -255,7 +255,8 @@ def main() -> None:
         "peak_memory_mb": peak_bytes / 1024**2,
         "estimated_memory_mb": ours.plan.memory_bytes / 1024**2,
         "summary": f"{options.recipe}, batch {batch}: {speed:.1f} images/s, "
-                   f"{timed.median / steps:.4f} s a step{against}, {share:.0%} of {peak / 1e12:.1f} TFLOP/s, {peak_bytes / 1024**3:.1f} GB "
+                   f"{timed.median / steps:.4f} s a step{against}, "
+                   f"{share:.0%} of {peak / 1e12:.1f} TFLOP/s, {peak_bytes / 1024**3:.1f} GB "
                    f"(estimate {ours.plan.memory_bytes / 1024**3:.1f})",
     }, indent=2))  # fmt: skip
 
