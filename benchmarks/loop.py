@@ -255,9 +255,10 @@ def main() -> None:
     stall, share = result["stall of one checkpoint, seconds"], result["share of time waiting for data"]
     blocked = result["of which save() blocks the loop, seconds"]
     result["images_per_second"] = images / step
+    size = format_bytes(plan.checkpoint_bytes)
     result["summary"] = (
         f"{options.recipe}, batch {images}: {images / step:.1f} images/s in the loop, "
-        f"{share['median']:.2%} waiting for data, stall of a checkpoint of {format_bytes(plan.checkpoint_bytes)} {stall['median']:.2f} s "
+        f"{share['median']:.2%} waiting for data, stall of a checkpoint of {size} {stall['median']:.2f} s "
         f"({stall['min']:.2f} to {stall['max']:.2f}), save() {blocked['median']:.2f} s"
     )
     if options.json:
