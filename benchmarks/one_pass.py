@@ -38,7 +38,7 @@ def main() -> None:
         raise SystemExit("This one measures a CPU: `benchmarks.sampling --no-plain` does for a GPU.")
     config = load_recipe("base")
     plain, state = build_pair(config)
-    model = build_ours(config, state, options.precision, compiled=True)
+    model = build_ours(config, state, options.precision, compiled=True).model
     x, t, labels = torch.randn(4, 64, config.latent_channels), torch.full((8, 1), 0.5), torch.arange(8)
     both = torch.cat([x, x])
     found = {}

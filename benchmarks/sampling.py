@@ -37,7 +37,7 @@ from xar_cli.config import Config, load_recipe
 from xar_cli.model import XAR, build_grouping
 from xar_cli.model.transformer import init_weights
 from xar_cli.precision import autocast
-from xar_cli.sample.network import prepare_network
+from xar_cli.sample.network import SamplingNetwork, prepare_network
 from xar_cli.sample.plan import SamplingPlan, flops_per_image
 from xar_cli.sample.sampler import sample_latents
 from xar_cli.tokenizer.codec import Codec, to_uint8
@@ -79,20 +79,23 @@ def build_ours(
     compiled: bool,
     packed: bool = True,
     device: torch.device = CPU,
-) -> XAR:
+    recorded: bool = True,
+) -> SamplingNetwork:
     """Our network with these weights on a device, ready for sampling."""
     model = XAR(config)
     model.load_state_dict({name: tensor.clone() for name, tensor in state.items()})
-    return prepare_network(model.eval().to(device), precision, compiled, packed)
+    return prepare_network(model.eval().to(device), precision, compiled, packed, recorded)
 
 
-def build_alone(config: Config, precision: str, compiled: bool, device: torch.device) -> XAR:
+def build_alone(
+    config: Config, precision: str, compiled: bool, device: torch.device, recorded: bool = True
+) -> SamplingNetwork:
     """Our network with weights that are drawn on the device, ready for sampling."""
     with torch.device(device):
         model = XAR(config)
     model = model.eval().to(device)
     init_weights(model, torch.Generator(device).manual_seed(0))
-    return prepare_network(model, precision, compiled)
+    return prepare_network(model, precision, compiled, recorded=recorded)
 
 
 class Job:
@@ -106,13 +109,14 @@ class Job:
 
     def __init__(self, config: Config, options: argparse.Namespace, device: torch.device) -> None:
         self.config, self.device, self.precision = config, device, options.precision
-        self.compiled, self.batch = not options.no_compile, options.batch or BATCH[device.type]
+        self.compiled, self.recorded = not options.no_compile, not options.no_record
+        self.batch = options.batch or BATCH[device.type]
         self.plain_precision = options.plain_precision or options.precision
         self.plan, self.steps = SamplingPlan.of(config), options.steps
         lengths = build_grouping(config.entity, config.grid).lengths
         self.noise = Noise(config, self.batch, len(lengths), lengths[0], self.steps, device)
         self.labels = (torch.arange(self.batch) * 37 % config.data.num_classes).to(device)
-        self.model: XAR | None = None
+        self.model: SamplingNetwork | None = None
         self.network: plain.PlainXAR | None = None
         self.codec: Codec | None = None
         self.plain_decoder: Any = None
@@ -176,7 +180,7 @@ def time_both(job: Job, count: int) -> tuple[Timed, dict[str, Any]]:
     plain_times, ours = Timed(job.plain), Timed(job.ours)
     job.plain()
     plain_peak = timing.peak_memory(job.device)
-    job.model = build_ours(job.config, state, job.precision, job.compiled, device=job.device)
+    job.model = build_ours(job.config, state, job.precision, job.compiled, device=job.device, recorded=job.recorded)
     warm_up = seconds(job.ours)
     say(f"compilation and first run of ours: {warm_up:.1f} s")
     job.drawn = job.latents()
@@ -202,7 +206,7 @@ def time_both(job: Job, count: int) -> tuple[Timed, dict[str, Any]]:
 
 def time_alone(job: Job, repeats: int) -> tuple[Timed, dict[str, Any]]:
     """Our program some times: its times, and what to report."""
-    job.model = build_alone(job.config, job.precision, job.compiled, job.device)
+    job.model = build_alone(job.config, job.precision, job.compiled, job.device, job.recorded)
     warm_up = seconds(job.ours)
     say(f"compilation and first run of ours: {warm_up:.1f} s")
     job.drawn = job.latents()
@@ -226,6 +230,7 @@ def parser() -> argparse.ArgumentParser:
     parser.add_argument("--no-plain", action="store_true", help="ours alone")
     parser.add_argument("--repeats", type=int, default=5, help="how often, with --no-plain")
     parser.add_argument("--no-compile", action="store_true")
+    parser.add_argument("--no-record", action="store_true", help="no CUDA graphs")
     parser.add_argument("--plain-precision", choices=["bf16", "fp32"], help="default: the same")
     timing.add_clock_options(parser)
     return parser
@@ -244,13 +249,15 @@ def main() -> None:
         found.setdefault("seconds", {})["decoder of ours"] = decoding.as_dict()
     timing.forget_peak(device)
     job.ours()
-    peak_bytes, peak = timing.peak_memory(device), timing.matmul_peak(options.precision, device)
+    peak_bytes, reserved = timing.peak_memory(device), timing.reserved_memory(device)
+    peak = timing.matmul_peak(options.precision, device)
     speed, share = job.batch / ours.median, job.flops() * job.batch / ours.median / peak
     against = "" if options.no_plain else f", {timing.spread_text(found['plain_time_over_ours'])} as fast as plain"
     print(json.dumps({
         **timing.machine(options, device),
         "recipe": options.recipe, "batch": job.batch, "steps_per_entity": options.steps, "decoder": options.decoder,
         "precision": options.precision, "compiled": job.compiled,
+        **({"recorded": job.recorded} if device.type == "cuda" else {}),
         **found,
         "seconds": {**found.get("seconds", {}), "ours": ours.as_dict()},
         "images_per_second": {**found.get("images_per_second", {}), "ours": speed},
@@ -258,6 +265,7 @@ def main() -> None:
         "matmul_peak_gigaflops": peak / 1e9,
         "share_of_peak": share,
         "peak_memory_mb": peak_bytes / 1024**2,
+        **reserved,
         "summary": f"{options.recipe}, batch {job.batch}, {options.steps} evaluations: {speed:.2f} images/s, "
                    f"{ours.median:.3f} s a batch{against}, {share:.0%} of {peak / 1e12:.1f} TFLOP/s, "
                    f"{peak_bytes / 1024**3:.1f} GB",

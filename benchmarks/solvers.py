@@ -60,15 +60,25 @@ def configured(config: Config, setting: Setting, count: int) -> Config:
     return override(config, [f"sample.{key}={value}" for key, value in changes.items()])
 
 
-def measure(config: Config, run: Path, real: Path, out: Path, count: int, seed: int) -> tuple[float, float]:
-    """Frechet distance and class accuracy of freshly drawn images."""
+def draw(config: Config, run: Path, out: Path, count: int, seed: int, device: str = "cpu") -> None:
+    """Draw images of all classes in turn into a folder; what it held goes first."""
     shutil.rmtree(out, ignore_errors=True)
     classes = tuple(range(config.data.num_classes))
     sample(
-        SampleSettings(config=config, weights=str(run), out=out, count=count, seed=seed, classes=classes, device="cpu")
+        SampleSettings(config=config, weights=str(run), out=out, count=count, seed=seed, classes=classes, device=device)
     )
-    result = evaluate(out, real, config.evaluate.protocol)
+
+
+def judge(samples: Path, real: Path, protocol: str) -> tuple[float, float]:
+    """Frechet distance and class accuracy of a folder of images."""
+    result = evaluate(samples, real, protocol)
     return float(result.frechet_distance), float(result.class_accuracy or 0.0)
+
+
+def measure(config: Config, run: Path, real: Path, out: Path, count: int, seed: int) -> tuple[float, float]:
+    """Frechet distance and class accuracy of freshly drawn images."""
+    draw(config, run, out, count, seed)
+    return judge(out, real, config.evaluate.protocol)
 
 
 def main() -> None:

@@ -128,6 +128,7 @@ def count() -> dict[str, Any]:
     config = small_config()
     network, state = build_pair(config)
     ours = build_ours(config, state, "bf16", compiled=False, packed=False)
+    model = ours.model
     noise = Noise(config, BATCH, network.num_entities, network.length, STEPS)
     labels, plan = torch.arange(BATCH), SamplingPlan.of(config)
 
@@ -141,11 +142,11 @@ def count() -> dict[str, Any]:
             return plain.sample(network, labels, noise.initial, noise.steps, STEPS, config.sample.guidance_scale)
 
     with fused_attention():
-        trace, plain_trace = traced(run_ours, ours), traced(run_plain, network)
+        trace, plain_trace = traced(run_ours, model), traced(run_plain, network)
         flop_over_plain = flop_of(run_ours) / flop_of(run_plain)
     passes = sum(plan.num_steps) + plan.evaluations().commits // 2
-    per_block = trace.count / passes / len(ours.blocks)
-    plain_per_block = plain_trace.count / sum(plan.num_steps) / len(ours.blocks)
+    per_block = trace.count / passes / len(model.blocks)
+    plain_per_block = plain_trace.count / sum(plan.num_steps) / len(model.blocks)
     flop = flop_of(run_ours)
     copied, new = cache_traffic(config)
     return {
@@ -177,7 +178,7 @@ def cache_concatenations(config: Config, trace: Trace) -> int:
 def cache_traffic(config: Config) -> tuple[int, int]:
     """Bytes written to the cache in one pass at the end of a sequence, and bytes of the new keys and values."""
     _, state = build_pair(config)
-    model = build_ours(config, state, "bf16", compiled=False, packed=False)
+    model = build_ours(config, state, "bf16", compiled=False, packed=False).model
     with torch.inference_mode(), autocast("bf16", CPU):
         network = BatchNetwork(model, torch.arange(BATCH), guided=True)
         x = torch.randn(BATCH, 64, config.latent_channels)
@@ -206,7 +207,7 @@ def graph_counts(config: Config, state: dict[str, Tensor]) -> dict[str, int]:
 def graphs_of(parts: tuple[str, ...], config: Config, state: dict[str, Tensor]) -> int:
     """How many graphs serve these parts of all blocks."""
     torch._dynamo.reset()
-    model = build_ours(config, state, "bf16", compiled=False, packed=False)
+    model = build_ours(config, state, "bf16", compiled=False, packed=False).model
     graphs = 0
 
     def backend(graph: torch.fx.GraphModule, inputs: Any) -> Callable[..., Any]:

@@ -170,10 +170,18 @@ def forget_peak(device: torch.device) -> None:
 
 
 def peak_memory(device: torch.device) -> int:
-    """The most bytes that tensors held on a GPU since `forget_peak`; on a CPU the most that this process ever held."""
+    """The most bytes that tensors held on a GPU since `forget_peak`; on a CPU the most that this process ever held.
+
+    What CUDA graphs use while they run is not among it; `reserved_memory` has it.
+    """
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def reserved_memory(device: torch.device) -> dict[str, float]:
+    """For a report: the most that torch took of a GPU since `forget_peak`, with the pools of CUDA graphs."""
+    return {"reserved_memory_mb": torch.cuda.max_memory_reserved(device) / 1024**2} if device.type == "cuda" else {}
 
 
 def say(message: str) -> None:

@@ -170,18 +170,21 @@ def check_losses(options: argparse.Namespace, batch: int, device: torch.device) 
     return found
 
 
-def time_ours(ours: Ours, repeated: Callable[[Callable[[], None]], Timed], repeats: int) -> tuple[Timed, float, int]:
-    """Ours alone: its times, seconds of the first step with its compilation, bytes of memory at the peak of a step."""
+def time_ours(
+    ours: Ours, repeated: Callable[[Callable[[], None]], Timed], repeats: int
+) -> tuple[Timed, float, int, dict[str, float]]:
+    """Ours alone: its times, seconds of the first step with its compilation, bytes at the peak of a step, reserved."""
     timing.forget_peak(ours.ranks.device)
     first = seconds(ours.take_step)
     say(f"compile and first step of ours: {first:.1f} s")
     ours.take_step()
     timing.forget_peak(ours.ranks.device)
     ours.take_step()
-    peak, timed = timing.peak_memory(ours.ranks.device), repeated(ours.take_step)
+    peak, reserved = timing.peak_memory(ours.ranks.device), timing.reserved_memory(ours.ranks.device)
+    timed = repeated(ours.take_step)
     for _ in range(repeats):
         timed()
-    return timed, first, peak
+    return timed, first, peak, reserved
 
 
 def parser() -> argparse.ArgumentParser:
@@ -216,7 +219,7 @@ def main() -> None:
 
     if options.no_plain:
         ours = Ours(config, None, device)
-        timed, first, peak_bytes = time_ours(ours, repeated, options.pairs)
+        timed, first, peak_bytes, reserved = time_ours(ours, repeated, options.pairs)
         last = float(ours.loss(0).detach())
         if not math.isfinite(last):
             raise SystemExit(f"The loss is {last}: no speed is printed.")
@@ -224,7 +227,7 @@ def main() -> None:
         result["losses"] = check_losses(options, batch, device)
         network = plain_network(config)
         ours = Ours(config, dict(from_published(network.state_dict(), config)), device)
-        timed, first, peak_bytes = time_ours(ours, repeated, 1)
+        timed, first, peak_bytes, reserved = time_ours(ours, repeated, 1)
         network = network.to(device)
         plain_bf16 = Plain(config, network, "bf16", device)
         plain_fp32 = Plain(recipe(options, batch, "fp32"), network, "fp32", device)
@@ -253,6 +256,7 @@ def main() -> None:
         "matmul_peak_gigaflops": peak / 1e9,
         "share_of_peak": share,
         "peak_memory_mb": peak_bytes / 1024**2,
+        **reserved,
         "estimated_memory_mb": ours.plan.memory_bytes / 1024**2,
         "summary": f"{options.recipe}, batch {batch}: {speed:.1f} images/s, "
                    f"{timed.median / steps:.4f} s a step{against}, "

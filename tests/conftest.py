@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -14,6 +15,12 @@ from xar_cli.model import XAR
 from xar_cli.weights import from_published
 
 GOLDEN = Path(__file__).parent / "parity" / "golden"
+
+
+def pytest_configure(config):
+    """Hide the GPUs, unless their tests alone are asked for (`pytest tests/gpu`): all others hold numbers of a CPU."""
+    if not all("gpu" in Path(argument.partition("::")[0]).parts for argument in config.args):
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""
 
 
 @pytest.fixture(scope="session", autouse=True)

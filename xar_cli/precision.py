@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -19,3 +20,17 @@ def autocast(precision: str, device: torch.device) -> AbstractContextManager[Any
 def set_matmul_precision(precision: str) -> None:
     """Let float32 matrix products use TF32 where the recipe says tf32, and full float32 everywhere else."""
     torch.set_float32_matmul_precision("high" if precision == "tf32" else "highest")
+
+
+@contextmanager
+def strict_float32() -> Iterator[None]:
+    """Convolutions and products of float32 in true float32 on CUDA, where torch lets convolutions use TF32.
+
+    TF32 would shift every result in the third digit: the features of an evaluation, the moments of a tokenizer.
+    """
+    before = torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32
+    torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
+    try:
+        yield
+    finally:
+        torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32 = before

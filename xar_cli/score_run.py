@@ -25,8 +25,8 @@ from xar_cli.evaluate.reference import open_reference
 from xar_cli.evaluate.report import write_report
 from xar_cli.evaluate.stage import REPORT_BYTES
 from xar_cli.evaluate.sweep import Point, Score, Steps, run_sweep
-from xar_cli.model import XAR
 from xar_cli.run_dir import RunDir, require_writable
+from xar_cli.sample.network import SamplingNetwork
 from xar_cli.sample.request import build_settings
 from xar_cli.sample.stage import SampleSettings, draw_images, load_codec, make_manifest, ready_network
 from xar_cli.weights import open_weights
@@ -155,10 +155,10 @@ class _Source:
         self.weights_sha256 = self._weights.sha256
 
     @cached_property
-    def model(self) -> XAR:
+    def network(self) -> SamplingNetwork:
         """The network; not loaded where all features are in the cache."""
         share = -(-self.sampling.count // self.ranks.world_size)
-        return ready_network(self.sampling, self._weights.load(self.ranks.device), share)
+        return ready_network(self.sampling.config, self._weights.load(self.ranks.device), share)
 
     def images(self, sampling: SampleSettings, keep_features: bool = True) -> GeneratedImages:
         """The images that `xar sample` would write with these settings, drawn when they are asked for."""
@@ -170,7 +170,7 @@ class _Source:
             began = time.monotonic()
             chosen = list(indices)
             drawn = draw_images(
-                sampling.config, self.model, self.codec, sampling.seed, chosen, [labels[index] for index in chosen],
+                sampling.config, self.network, self.codec, sampling.seed, chosen, [labels[index] for index in chosen],
                 self.ranks.device,
             )  # fmt: skip
             pixels = drawn.permute(0, 2, 3, 1).expand(-1, -1, -1, 3).cpu().numpy()

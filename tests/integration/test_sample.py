@@ -20,6 +20,7 @@ from xar_cli.model import XAR
 from xar_cli.model.transformer import init_weights
 from xar_cli.sample import stage
 from xar_cli.sample.images import PngWriter, image_path
+from xar_cli.sample.network import SamplingNetwork
 from xar_cli.tokenizer import Codec
 from xar_cli.tokenizer.pixels import Pixels
 
@@ -317,7 +318,7 @@ def test_only_a_preview_shows_what_is_not_finite():
     model = XAR(config).eval()
     torch.nn.init.constant_(model.token_proj.weight, float("nan"))
     codec = Codec(Pixels(config.tokenizer.patch, 1), 1.0)
-    arguments = (config, model, codec, 0, [4, 7], [1, 2], torch.device("cpu"))
+    arguments = (config, SamplingNetwork(model), codec, 0, [4, 7], [1, 2], torch.device("cpu"))
     with pytest.raises(UserError, match=r"not a number: 4, 7\.") as caught:
         stage.draw_images(*arguments)
     assert caught.value.exit_code == 1
@@ -361,7 +362,7 @@ def test_images_do_not_depend_on_the_share_of_a_process(capsys, weights, tmp_pat
 
     for name, indices in (("one", list(range(8))), ("four", [2, 6])):
         seen[name] = stage.draw_images(
-            config, model, Codec(), 0, indices, [i % 10 for i in indices], torch.device("cpu")
+            config, SamplingNetwork(model), Codec(), 0, indices, [i % 10 for i in indices], torch.device("cpu")
         )
     torch.testing.assert_close(seen["four"], seen["one"][[2, 6]], rtol=1e-4, atol=1e-4)
 

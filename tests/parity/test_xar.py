@@ -7,6 +7,7 @@ import torch
 
 from xar_cli.flow import interpolant
 from xar_cli.flow.guidance import guidance_scales
+from xar_cli.sample.network import SamplingNetwork
 from xar_cli.sample.plan import SamplingPlan
 from xar_cli.sample.sampler import sample_latents
 
@@ -49,5 +50,5 @@ def test_sampling(solver, golden, golden_model, golden_settings):
     plan = SamplingPlan(
         solver, (golden_settings["num_steps"],) * 4, tuple(guidance_scales("linear", golden_settings["cfg"], 4))
     )
-    latents = sample_latents(golden_model, golden[f"{solver}.labels"], noise, plan)
+    latents = sample_latents(SamplingNetwork(golden_model), golden[f"{solver}.labels"], noise, plan)
     assert relative_error(latents, golden[f"{solver}.latents"]) <= TOLERANCE

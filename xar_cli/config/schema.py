@@ -334,7 +334,9 @@ class SampleConfig(Section):
     )
     batch_size: int = Field(64, gt=0, description="Images drawn together on one rank.")
     compile: bool = Field(
-        True, description="Compile the network with torch.compile where the job is long enough to pay."
+        True,
+        description="Compile the network with torch.compile where the job is long enough to pay; on a GPU, record its "
+        "passes as CUDA graphs.",
     )
     decoder_precision: Literal["bf16", "fp32"] = Field(
         "fp32", description="Arithmetic of the KL-16 decoder; the pixels tokenizer has none."

@@ -7,9 +7,8 @@ Legend: B images.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import ClassVar, Literal
 
 import numpy as np
 import torch
@@ -21,6 +20,7 @@ from xar_cli.errors import UserError
 from xar_cli.evaluate import digits, inception
 from xar_cli.evaluate.weights import Weights, find_weights
 from xar_cli.logs import log
+from xar_cli.precision import strict_float32
 
 Precision = Literal["fp32", "bf16"]
 DIGITS, INCEPTION, INCEPTION_CLEAN, VGG16 = "digits", "inception", "inception-clean", "vgg16"
@@ -202,14 +202,3 @@ def _load_state_dict(path: Path, expected: Mapping[str, Tensor]) -> dict[str, Te
     if shapes != {name: tuple(value.shape) for name, value in expected.items()}:
         raise UserError(f"'{path}' does not hold the weights of this network.", "Give the published file.")
     return state
-
-
-@contextmanager
-def strict_float32() -> Any:
-    """Convolutions and products in true float32 on CUDA: TF32 would shift every feature in the third digit."""
-    before = torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32
-    torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
-    try:
-        yield
-    finally:
-        torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32 = before

@@ -54,9 +54,8 @@ def explain(settings: SampleSettings) -> dict[str, Any]:
         codec = load_codec(settings, ranks.device)
         record = Recorder(model.grouping)
         label = balanced_label(settings.seed, 0, settings.classes)
-        draw_images(
-            config, ready_network(settings, model, 1), codec, settings.seed, [0], [label], ranks.device, record.note
-        )
+        network = ready_network(config, model, 1)
+        draw_images(config, network, codec, settings.seed, [0], [label], ranks.device, record.note)
         rows = choose(record.moments, model.grouping.num_entities)
         tiles = [[codec.images(moment.latents[None])[0].cpu().numpy() for moment in row] for row in rows]
     save_picture(picture(rows, tiles, model.grouping.num_entities), settings.picture)

@@ -45,7 +45,10 @@ class AddressedNoise:
     def draw(self, entity: int, length: int, draws: int) -> Tensor:
         """(draws, B, length, C) float32 standard normal noise of one entity; row 0 is its initial noise."""
         rows = [self._draw_image(index, entity, length, draws) for index in self._indices]
-        return torch.stack(rows, dim=1).to(self._device)
+        noise = torch.stack(rows, dim=1)
+        if self._device.type == "cuda":  # from pinned memory: the host need not wait until the device takes it
+            noise = noise.pin_memory()
+        return noise.to(self._device, non_blocking=True)
 
     def _draw_image(self, index: int, entity: int, length: int, draws: int) -> Tensor:
         """(draws, length, C); draw after draw, so that the first ones do not depend on how many follow."""

@@ -14,8 +14,7 @@ from torch import Tensor
 
 from xar_cli.flow.guidance import guided_velocity
 from xar_cli.flow.solvers import SOLVERS, STOCHASTIC
-from xar_cli.model import XAR
-from xar_cli.sample.network import BatchNetwork
+from xar_cli.sample.network import SamplingNetwork
 from xar_cli.sample.plan import SamplingPlan
 
 Observer = Callable[[int, float, Tensor], None]
@@ -33,13 +32,15 @@ def ignore(entity: int, t: float, x: Tensor) -> None:
 
 
 @torch.inference_mode()
-def sample_latents(model: XAR, labels: Tensor, noise: Noise, plan: SamplingPlan, observe: Observer = ignore) -> Tensor:
+def sample_latents(
+    network: SamplingNetwork, labels: Tensor, noise: Noise, plan: SamplingPlan, observe: Observer = ignore
+) -> Tensor:
     """Draw latents for a batch of labels.
 
     Where an entity's guidance scale is exactly 1 its velocity is the conditional one: no null branch is run for it.
 
     Args:
-        model: the network, in eval mode.
+        network: prepared for sampling.
         labels: (B,) class labels.
         noise: of every entity; the SDE takes its step noise from there too.
         plan: solver, steps and guidance of every entity.
@@ -48,21 +49,21 @@ def sample_latents(model: XAR, labels: Tensor, noise: Noise, plan: SamplingPlan,
     Returns:
         (B, C, H, W) float32 scaled latents.
     """
-    network = BatchNetwork(model, labels, plan.guided)
+    grouping, batch = network.model.grouping, network.begin(labels, plan.guided)
     solver = SOLVERS[plan.solver]
     entities: list[Tensor] = []
-    for entity, (length, steps) in enumerate(zip(model.grouping.lengths, plan.num_steps, strict=True)):
+    for entity, (length, steps) in enumerate(zip(grouping.lengths, plan.num_steps, strict=True)):
         if entity > 0:
-            network.commit(entities[-1], entity - 1)
+            batch.commit(entities[-1], entity - 1)
 
         def velocity(x: Tensor, t: float, entity: int = entity) -> Tensor:
             observe(entity, t, x)
             scale = plan.scale(entity, t)
             if scale == 1:
-                return network.velocity(x.float(), t, entity)
-            return guided_velocity(*network.both_velocities(x.float(), t, entity), scale)
+                return batch.velocity(x.float(), t, entity)
+            return guided_velocity(*batch.both_velocities(x.float(), t, entity), scale)
 
         drawn = noise.draw(entity, length, steps if plan.solver in STOCHASTIC else 1)
         entities.append(solver(velocity, drawn[0], steps, lambda i, drawn=drawn: drawn[i + 1]).float())  # type: ignore[misc]
         observe(entity, 0.0, entities[-1])
-    return model.grouping.to_latents(torch.cat(entities, dim=1))
+    return grouping.to_latents(torch.cat(entities, dim=1))

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections import deque
+from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,7 @@ from xar_cli.precision import autocast, set_matmul_precision
 from xar_cli.run_dir import write_json
 from xar_cli.sample.images import PngWriter, grid_image, load_images
 from xar_cli.sample.manifest import MANIFEST, check_out, make_manifest, packs_to_write
-from xar_cli.sample.network import compile_pays, prepare_network
+from xar_cli.sample.network import SamplingNetwork, compile_pays, prepare_network
 from xar_cli.sample.noise import AddressedNoise
 from xar_cli.sample.packing import pack_path, patience_for, wait_for_images, write_pack
 from xar_cli.sample.plan import SamplingPlan, flops_per_image
@@ -51,9 +52,9 @@ def sample(settings: SampleSettings) -> dict[str, Any]:
         seconds = slowest = 0.0
         with _disk_errors(settings.out):
             if mine:
-                model = ready_network(settings, weights.load(ranks.device), len(mine))
+                network = ready_network(settings.config, weights.load(ranks.device), len(mine))
                 began = time.monotonic()
-                slowest = _draw(settings, manifest["labels"], mine, model, codec, ranks)
+                slowest = _draw(settings, manifest["labels"], mine, network, codec, ranks)
                 seconds = time.monotonic() - began
             if not ranks.is_main:
                 return {}
@@ -104,13 +105,12 @@ def load_codec(settings: SampleSettings, device: torch.device) -> Codec:
     return Codec(tokenizer, config.tokenizer.latent_scale)
 
 
-def ready_network(settings: SampleSettings, model: XAR, images: int) -> XAR:
+def ready_network(config: Config, model: XAR, images: int) -> SamplingNetwork:
     """The network prepared for drawing so many images: compiled where the recipe allows it and it pays."""
-    config = settings.config
     set_matmul_precision(config.train.precision)
     work = images * flops_per_image(config, SamplingPlan.of(config))
     compiled = config.sample.compile and compile_pays(work, model.rope.device)
-    return prepare_network(model, config.train.precision, compiled)
+    return prepare_network(model, config.train.precision, compiled, recorded=config.sample.compile)
 
 
 def describe_speed(config: Config, ranks: Ranks) -> str:
@@ -125,32 +125,68 @@ def describe_speed(config: Config, ranks: Ranks) -> str:
 
 
 def _draw(
-    settings: SampleSettings, labels: list[int], missing: list[int], model: XAR, codec: Codec, ranks: Ranks
+    settings: SampleSettings,
+    labels: list[int],
+    missing: list[int],
+    network: SamplingNetwork,
+    codec: Codec,
+    ranks: Ranks,
 ) -> float:
-    """Draw the images `missing`, batch after batch, while threads write those before; seconds of the slowest batch."""
+    """Draw the images `missing`, batch after batch, while threads write those before; seconds of the slowest batch.
+
+    On a GPU the next batch is queued before one is fetched, so that the device always has work.
+    """
     config, slowest = settings.config, 0.0
-    batch_size = config.sample.batch_size
+    batch_size, ahead = config.sample.batch_size, 1 if ranks.device.type == "cuda" else 0
+    queued: deque[tuple[list[int], Fetch, Fetch]] = deque()
     with (
         closing(PngWriter(settings.out)) as writer,
         progress(len(missing), "sample", enabled=ranks.is_main) as bar,
     ):
+
+        def finish(indices: list[int], images: Fetch, finite: Fetch) -> None:
+            _require_finite(finite(), indices, config.train.precision)
+            for index, image in zip(indices, images().numpy(), strict=True):
+                writer.write(index, image)
+            bar.update(len(indices))
+
         for start in range(0, len(missing), batch_size):
             began, indices = time.monotonic(), missing[start : start + batch_size]
             # The last batch may be smaller: not worth compiling for.
             with torch.compiler.set_stance("eager_on_recompile" if start else "default"):
-                images = draw_images(
-                    config, model, codec, settings.seed, indices, [labels[index] for index in indices], ranks.device
+                images, finite = queue_images(
+                    config, network, codec, settings.seed, indices, [labels[index] for index in indices], ranks.device
                 )
-            for index, image in zip(indices, images.cpu().numpy(), strict=True):
-                writer.write(index, image)
-            bar.update(len(indices))
+            queued.append((indices, fetch(images), fetch(finite)))
+            if len(queued) > ahead:
+                finish(*queued.popleft())
             slowest = max(slowest, time.monotonic() - began)
+        while queued:
+            finish(*queued.popleft())
     return slowest
+
+
+Fetch = Callable[[], torch.Tensor]
+
+
+def fetch(tensor: torch.Tensor) -> Fetch:
+    """Begin to copy a tensor to the host; what waits for it, and for nothing that is queued later."""
+    host = tensor.to("cpu", non_blocking=True)
+    if not tensor.is_cuda:
+        return lambda: host
+    copied = torch.cuda.Event()
+    copied.record()
+
+    def wait() -> torch.Tensor:
+        copied.synchronize()
+        return host
+
+    return wait
 
 
 def draw_images(
     config: Config,
-    model: XAR,
+    network: SamplingNetwork,
     codec: Codec,
     seed: int,
     indices: list[int],
@@ -167,17 +203,32 @@ def draw_images(
     Raises:
         UserError: `must_be_finite`, and the latents of some images are not (exit code 1).
     """
-    noise = AddressedNoise(seed, indices, config.latent_channels, device)
-    with autocast(config.train.precision, device):
-        latents = sample_latents(model, torch.tensor(labels, device=device), noise, SamplingPlan.of(config), observe)
+    images, finite = queue_images(config, network, codec, seed, indices, labels, device, observe)
     if must_be_finite:
-        _require_finite(latents, indices, config.train.precision)
-    with torch.inference_mode():
-        return codec.images(latents)
+        _require_finite(finite, indices, config.train.precision)
+    return images
 
 
-def _require_finite(latents: torch.Tensor, indices: list[int], precision: str) -> None:
-    finite = torch.isfinite(latents).flatten(1).all(dim=1)
+@torch.inference_mode()
+def queue_images(
+    config: Config,
+    network: SamplingNetwork,
+    codec: Codec,
+    seed: int,
+    indices: list[int],
+    labels: list[int],
+    device: torch.device,
+    observe: Observer = ignore,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """As `draw_images`, without waiting for a GPU: uint8 images, and which of them (B,) come from finite latents."""
+    noise = AddressedNoise(seed, indices, config.latent_channels, device)
+    classes = torch.tensor(labels).to(device, non_blocking=True)
+    with autocast(config.train.precision, device):
+        latents = sample_latents(network, classes, noise, SamplingPlan.of(config), observe)
+    return codec.images(latents), torch.isfinite(latents).flatten(1).all(dim=1)
+
+
+def _require_finite(finite: torch.Tensor, indices: list[int], precision: str) -> None:
     if finite.all():
         return
     bad = [str(index) for index, good in zip(indices, finite.tolist(), strict=True) if not good]

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from xar_cli.config.schema import KL16_CHANNELS, KL16_STRIDE
 from xar_cli.errors import UserError
 from xar_cli.hub import local_file
+from xar_cli.precision import strict_float32
 from xar_cli.tensor_files import State, check_state, is_state, read_tensor_file
 
 WIDTH = 128  # channels of the first level
@@ -53,12 +54,14 @@ class KL16:
     @torch.no_grad()
     def encode(self, images: Tensor) -> Tensor:
         """Images (B, 3, S, S) in [-1, 1] -> float32 moments (B, 32, H, W): mean, clamped log-variance."""
-        return self.network.encode(self._place(images)).float()
+        with strict_float32():
+            return self.network.encode(self._place(images)).float()
 
     @torch.no_grad()
     def decode(self, raw_latents: Tensor) -> Tensor:
         """Unscaled latents (B, 16, H, W) -> images (B, 3, S, S) in float32, about [-1, 1], not clipped."""
-        return self.network.decode(self._place(raw_latents)).float()
+        with strict_float32():
+            return self.network.decode(self._place(raw_latents)).float()
 
     def _place(self, tensor: Tensor) -> Tensor:
         return tensor.to(self.device, self.dtype).contiguous(memory_format=torch.channels_last)

@@ -23,8 +23,9 @@ from xar_cli.logs import log, read_metrics
 from xar_cli.model import XAR
 from xar_cli.run_dir import RunDir
 from xar_cli.sample.images import grid_image, to_pil
+from xar_cli.sample.network import SamplingNetwork
 from xar_cli.sample.noise import balanced_label
-from xar_cli.sample.stage import draw_images
+from xar_cli.sample.stage import draw_images, ready_network
 from xar_cli.tokenizer import Codec, load_tokenizer
 from xar_cli.train.plan import TrainPlan
 from xar_cli.train.records import Records
@@ -119,9 +120,9 @@ class Preview:
     def save_grid(self, state: TrainState, interrupt: Callable[[], None]) -> Path:
         """Draw the preview images and write them as one picture; every rank calls this."""
         count, step = self._config.train.preview_count, state.step
-        model = self._averaged(state)
+        network = self._averaged(state, count)
         mine = list(range(self._ranks.rank, count, self._ranks.world_size))
-        drawn = self._ranks.on_all(lambda: self._draw(model, mine, interrupt) if mine else None)
+        drawn = self._ranks.on_all(lambda: self._draw(network, mine, interrupt) if mine else None)
         everyones: list[Any] = self._ranks.gather(dict(zip(mine, drawn, strict=True)) if drawn is not None else {})
         path = self._picture(step)
         if self._ranks.is_main:
@@ -139,11 +140,12 @@ class Preview:
     def evaluate(self, state: TrainState, interrupt: Callable[[], None]) -> dict[str, float]:
         """The numbers of the recipe's protocol, by name with their count; every rank calls this, rank 0 gets them."""
         assert self._reference is not None
-        model, count = self._averaged(state), self._config.train.eval_count
+        count = self._config.train.eval_count
+        network = self._averaged(state, count)
         labels = np.array([self._label(index) for index in range(count)])
 
         def draw(indices: Sequence[int]) -> np.ndarray:
-            pixels = self._draw(model, list(indices), interrupt).transpose(0, 2, 3, 1)
+            pixels = self._draw(network, list(indices), interrupt).transpose(0, 2, 3, 1)
             return np.broadcast_to(pixels, (*pixels.shape[:3], 3))
 
         identity = f"{self._run.root.resolve()} step {state.step} {self._config.sample}"
@@ -156,7 +158,7 @@ class Preview:
             return {}
         return {metric.name: metric.value for metric in found.first.metrics.values() if metric.value is not None}
 
-    def _draw(self, model: XAR, indices: list[int], interrupt: Callable[[], None]) -> np.ndarray:
+    def _draw(self, network: SamplingNetwork, indices: list[int], interrupt: Callable[[], None]) -> np.ndarray:
         """Images of some indices: uint8 (B, channels, height, width)."""
         config, parts = self._config, []
         for start in range(0, len(indices), config.sample.batch_size):
@@ -164,22 +166,23 @@ class Preview:
             chosen = indices[start : start + config.sample.batch_size]
             labels = [self._label(index) for index in chosen]
             drawn = draw_images(  # training shall not end at a preview
-                config, model, self._codec, config.train.seed, chosen, labels, self._ranks.device, must_be_finite=False
-            )
+                config, network, self._codec, config.train.seed, chosen, labels, self._ranks.device,
+                must_be_finite=False,
+            )  # fmt: skip
             parts.append(drawn.cpu().numpy())
         return np.concatenate(parts)
 
     def _label(self, index: int) -> int:
         return balanced_label(self._config.train.seed, index, self._classes)
 
-    def _averaged(self, state: TrainState) -> XAR:
-        """The network with the first average of the weights, whole, in eval mode; every rank calls this."""
+    def _averaged(self, state: TrainState, images: int) -> SamplingNetwork:
+        """The network with the first average of the weights, whole, ready for so many images; every rank calls this."""
         tensors = state.averages.tensors(self._config.train.ema_decays[0])
         with torch.device("meta"):
             model = XAR(self._config)
         whole = {name: whole_tensor(tensor) for name, tensor in tensors.items()}
         model.load_state_dict(whole, strict=True, assign=True)
-        return model.to(self._ranks.device).eval()
+        return ready_network(self._config, model.to(self._ranks.device).eval(), -(-images // self._ranks.world_size))
 
 
 def check_evaluation(config: Config, reference: Path | None, measure: Measure) -> None:

@@ -14,7 +14,7 @@ from xar_cli.model import XAR
 from xar_cli.model.transformer import init_weights
 from xar_cli.precision import autocast
 from xar_cli.sample import network
-from xar_cli.sample.network import BatchNetwork, PackedLinear, prepare_network
+from xar_cli.sample.network import BatchNetwork, PackedLinear, SamplingNetwork, prepare_network
 from xar_cli.sample.noise import AddressedNoise
 from xar_cli.sample.plan import SamplingPlan
 from xar_cli.sample.sampler import sample_latents
@@ -42,9 +42,10 @@ def plan_for(model: XAR, **changes) -> SamplingPlan:
     return dataclasses.replace(SamplingPlan("euler", (3,) * entities, guidance), **changes)
 
 
-def draw(model: XAR, plan: SamplingPlan, indices=(0, 1, 2), seed: int = 5) -> torch.Tensor:
+def draw(model: XAR | SamplingNetwork, plan: SamplingPlan, indices=(0, 1, 2), seed: int = 5) -> torch.Tensor:
     labels = torch.tensor([index % 10 for index in indices])
-    return sample_latents(model, labels, AddressedNoise(seed, list(indices), 1, CPU), plan)
+    ready = model if isinstance(model, SamplingNetwork) else SamplingNetwork(model)
+    return sample_latents(ready, labels, AddressedNoise(seed, list(indices), 1, CPU), plan)
 
 
 @torch.inference_mode()
@@ -146,7 +147,7 @@ def test_observer_sees_every_evaluation_and_the_results():
             result.append(x)
 
     plan = plan_for(model, num_steps=(2, 1, 1, 1))
-    latents = sample_latents(model, torch.tensor([3]), AddressedNoise(0, [0], 1, CPU), plan, observe)
+    latents = sample_latents(SamplingNetwork(model), torch.tensor([3]), AddressedNoise(0, [0], 1, CPU), plan, observe)
     assert seen == [(0, 1.0), (0, 0.5), (0, 0.0), (1, 1.0), (1, 0.0), (2, 1.0), (2, 0.0), (3, 1.0), (3, 0.0)]
     assert torch.equal(model.grouping.to_latents(torch.cat(result, 1)), latents)
 
@@ -159,6 +160,56 @@ def test_modulation_is_computed_once_for_each_timestep():
     assert network.modulation(0.5) is first
     condition = torch.nn.functional.silu(model.condition(torch.full((4, 1), 0.5), torch.tensor([1, 2, 10, 10])))
     torch.testing.assert_close(first[0], model.encoder[0].modulation(condition))
+
+
+class Replays:
+    """Stands in for CUDA graphs: a recorded call runs again on the same places, and always gives the same tensor."""
+
+    def __init__(self):
+        self.recorded, self.replayed = 0, 0
+
+    def __call__(self, run):
+        result = torch.full_like(run(), float("nan"))
+        self.recorded += 1
+
+        def replay():
+            self.replayed += 1
+            result.copy_(run())
+
+        return replay, result
+
+
+@pytest.mark.parametrize("interval", [(0.0, 1.0), (0.1, 0.8)])
+@pytest.mark.parametrize("entity", KINDS)
+def test_recorded_passes_give_the_same_images(entity, interval):
+    """Over batches of other labels and noise, without guidance in between, and with a smaller last one."""
+    model, record = small_model(entity), Replays()
+    plan = plan_for(model, interval=interval)
+    unguided = dataclasses.replace(plan, guidance=(1.0,) * len(plan.guidance))
+    network = SamplingNetwork(model, record)
+    for indices, how in (((0, 1, 2), unguided), ((0, 1, 2), plan), ((3, 4, 5), plan), ((6, 7, 8), plan), ((9,), plan)):
+        assert torch.equal(draw(network, how, indices), draw(model, how, indices))
+    assert 0 < record.recorded < 30
+    assert record.replayed > 2 * record.recorded
+
+
+def test_a_pass_is_recorded_at_its_second_use():
+    """Three evaluations an entity of 4, a first one without a null branch, and commits: each has its own pass."""
+    model, record = small_model(), Replays()
+    network, plan = SamplingNetwork(model, record), plan_for(model, num_steps=(3, 3, 3, 3))
+    draw(network, plan)
+    assert (record.recorded, record.replayed) == (5, 2 + 2 * 3 + 2 + 3)  # and commits of entities 1, 2; modulation
+    draw(network, plan)
+    assert record.recorded == 6  # the commit of entity 0
+
+
+def test_passes_beyond_a_limit_are_not_recorded(monkeypatch):
+    monkeypatch.setattr(network, "MOST_RECORDED", 2)
+    model, record = small_model(), Replays()
+    ready = SamplingNetwork(model, record)
+    for _ in range(2):
+        assert torch.equal(draw(ready, plan_for(model)), draw(model, plan_for(model)))
+    assert record.recorded == 2
 
 
 def test_weights_in_bf16_give_what_autocast_gives():
@@ -182,8 +233,10 @@ def test_a_packed_layer_gives_the_numbers_of_the_layer(rows):
 def test_packed_weights_give_the_same_images(precision, tolerance):
     plan = plan_for(small_model())
     packed = prepare_network(small_model(), precision)
-    possible = PackedLinear.possible(packed.token_proj.weight)
-    products = [layer for b in packed.blocks for layer in (b.attention.qkv, b.attention.proj, b.mlp.fc1, b.mlp.fc2)]
+    possible = PackedLinear.possible(packed.model.token_proj.weight)
+    products = [
+        layer for b in packed.model.blocks for layer in (b.attention.qkv, b.attention.proj, b.mlp.fc1, b.mlp.fc2)
+    ]
     assert all(isinstance(layer, PackedLinear) == possible for layer in products)
     with autocast(precision, CPU):
         before = draw(prepare_network(small_model(), precision, packed=False), plan)

@@ -1,4 +1,4 @@
-"""Nothing in a step makes the host wait for the device: counted from a trace, and by CUDA itself where there is one.
+"""Nothing in a step makes the host wait for the device: counted from a trace (tests/gpu lets CUDA itself watch).
 
 What would wait on a GPU: reading a value (`.item()`, a condition on a tensor, positions of what is true) and making a
 tensor from Python numbers, which is copied from memory that is not pinned.
@@ -101,15 +101,3 @@ def test_the_grouping_lies_on_the_device(entity):
     tensors = [value for value in vars(moved).values() if isinstance(value, torch.Tensor)]
     assert tensors
     assert all(tensor.is_meta for tensor in tensors)
-
-
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-@pytest.mark.parametrize("name", RECIPES)
-def test_cuda_itself_sees_no_wait(name):
-    _, step = steps(small_recipe(*RECIPES[name]), torch.device("cuda", 0))
-    step()
-    torch.cuda.set_sync_debug_mode("error")
-    try:
-        step()
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
