@@ -1,8 +1,11 @@
-"""The KL-16 decoder in bf16 and channels-last against float32 as written: speed in pairs, and PSNR between the images.
+"""KL-16's decoder and encoder in bf16 and channels-last against float32 as written: speed in pairs, and how far apart.
 
-    python -m benchmarks.decoder
+    python -m benchmarks.decoder                        # the decoder, batch 1
+    python -m benchmarks.decoder --encoder --device cuda    # and the encoder, batch 64
 
-Weights are seeded (the published file is not shipped), scaled to unit gain; 256 x 256 images, batch 1.
+Weights are seeded (the published file is not shipped), scaled to unit gain; 256 x 256 images. How far apart is told as
+PSNR of the decoder's images, and relative to the norm of the encoder's moments. Float32 is float32: TF32, which the
+convolutions of a GPU have by default, is switched off; what the float32 code does with it is measured last, on its own.
 """
 
 from __future__ import annotations
@@ -10,56 +13,132 @@ from __future__ import annotations
 import argparse
 import json
 import math
+from collections.abc import Callable
+from typing import Any
 
 import torch
+from torch import Tensor
 
-from benchmarks.sampling import add_clock_options, pairs, spread, use_clock
+from benchmarks import timing
+from benchmarks.timing import CPU, Timed, pairs, say, spread, spread_text
 from xar_cli.tokenizer.codec import to_uint8
 from xar_cli.tokenizer.kl16 import AutoencoderKL
 
+BATCH = {"cpu": 1, "cuda": 64}
 
-def build(dtype: torch.dtype, channels_last: bool) -> AutoencoderKL:
-    """The autoencoder with seeded weights: the same numbers whatever the dtype."""
+
+def build(dtype: torch.dtype, channels_last: bool, device: torch.device = CPU) -> AutoencoderKL:
+    """The autoencoder with seeded weights: the same numbers whatever the dtype and device."""
     torch.manual_seed(0)
     network = AutoencoderKL().eval().requires_grad_(False)
     for module in network.modules():
         if isinstance(module, torch.nn.Conv2d):
             torch.nn.init.normal_(module.weight, std=1 / math.sqrt(module.weight[0].numel()))
-    return network.to(dtype, memory_format=torch.channels_last if channels_last else torch.contiguous_format)
+    memory_format = torch.channels_last if channels_last else torch.contiguous_format
+    return network.to(device, dtype).to(memory_format=memory_format)
 
 
-def psnr(images: torch.Tensor, reference: torch.Tensor) -> float:
+def psnr(images: Tensor, reference: Tensor) -> float:
     """Peak signal-to-noise ratio of uint8 images, in dB."""
     error = (images.float() - reference.float()).square().mean().item()
     return math.inf if error == 0 else 10 * math.log10(255**2 / error)
 
 
-@torch.inference_mode()
-def main() -> None:
+def allow_tf32(allowed: bool) -> None:
+    """Whether a GPU may compute float32 convolutions in TF32."""
+    torch.backends.cudnn.allow_tf32 = allowed
+
+
+def compare(networks: dict[str, Callable[[], Tensor]], batch: int, count: int, on_gpu: bool) -> dict[str, Any]:
+    """Speeds of `plain`, `fp32_channels_last` and `bf16` on one batch; what they give has been compared."""
+    timed = {name: Timed(run) for name, run in networks.items()}
+    for run in networks.values():  # warm-up
+        run()
+    result: dict[str, Any] = {
+        "plain_against_itself": spread(pairs(networks["plain"], networks["plain"], 2)),
+        "fp32_plain_over_bf16_channels_last": spread(pairs(timed["plain"], timed["bf16"], count)),
+        "fp32_plain_over_fp32_channels_last": spread(pairs(timed["plain"], timed["fp32_channels_last"], count)),
+    }
+    result["images_per_second"] = {name: batch / one.median for name, one in timed.items()}
+    if on_gpu:
+        allow_tf32(True)
+        plain_tf32 = Timed(networks["plain"])
+        networks["plain"]()
+        result["tf32_plain_over_bf16_channels_last"] = spread(pairs(plain_tf32, networks["bf16"], count))
+        result["images_per_second"]["plain_tf32"] = batch / plain_tf32.median
+        allow_tf32(False)
+    return result
+
+
+def summary(name: str, found: dict[str, Any]) -> str:
+    """One line for people."""
+    speeds = found["images_per_second"]
+    line = (
+        f"{name} {speeds['bf16']:.1f} images/s in bf16, float32 as written {speeds['plain']:.1f}: "
+        f"{spread_text(found['fp32_plain_over_bf16_channels_last'])}"
+    )
+    if "plain_tf32" in speeds:
+        line += f", with TF32 {speeds['plain_tf32']:.1f}"
+    return line
+
+
+def parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--pairs", type=int, default=3)
-    add_clock_options(parser)
-    options = parser.parse_args()
-    use_clock(options)
-    plain, fast, exact = build(torch.float32, False), build(torch.bfloat16, True), build(torch.float32, True)
-    latents = torch.randn(1, 16, 16, 16, generator=torch.Generator().manual_seed(1))
+    parser.add_argument("--batch", type=int, help="default: 1 on a CPU, 64 on a GPU")
+    parser.add_argument("--encoder", action="store_true", help="measure the encoder too")
+    timing.add_clock_options(parser)
+    return parser
+
+
+@torch.inference_mode()
+def main() -> None:
+    options = parser().parse_args()
+    device = timing.use_clock(options)
+    batch, on_gpu = options.batch or BATCH[device.type], device.type == "cuda"
+    allow_tf32(False)
+    plain, exact = build(torch.float32, False, device), build(torch.float32, True, device)
+    fast = build(torch.bfloat16, True, device)
+    rng = torch.Generator().manual_seed(1)
+    latents = torch.randn(batch, 16, 16, 16, generator=rng).to(device)
     last = latents.contiguous(memory_format=torch.channels_last)
+    result: dict[str, Any] = {**timing.machine(options, device), "batch": batch, "tf32": False}
+
     reference = plain.decode(latents)
     contrast = 0.5 / reference.std()  # seeded weights make no image: bring it to the contrast of one
     images = {
         "bf16": fast.decode(last.bfloat16()).float(), "fp32_channels_last": exact.decode(last),
     }  # fmt: skip
-    quality = {name: psnr(to_uint8(image * contrast), to_uint8(reference * contrast)) for name, image in images.items()}
-    print(json.dumps({
-        "threads": options.threads, "clock": options.clock, "torch": torch.__version__, "psnr_db": quality,
-        "plain_against_itself": spread(pairs(lambda: plain.decode(latents), lambda: plain.decode(latents), 2)),
-        "fp32_plain_over_bf16_channels_last": spread(
-            pairs(lambda: plain.decode(latents), lambda: fast.decode(last.bfloat16()), options.pairs)
-        ),
-        "fp32_plain_over_fp32_channels_last": spread(
-            pairs(lambda: plain.decode(latents), lambda: exact.decode(last), options.pairs)
-        ),
-    }, indent=2))  # fmt: skip
+    result["psnr_db"] = {
+        name: psnr(to_uint8(image * contrast), to_uint8(reference * contrast)) for name, image in images.items()
+    }
+    say(f"PSNR of the decoder's images: {result['psnr_db']}")
+    del images, reference
+    decoders = {
+        "plain": lambda: plain.decode(latents),
+        "fp32_channels_last": lambda: exact.decode(last),
+        "bf16": lambda: fast.decode(last.bfloat16()),
+    }
+    result |= compare(decoders, batch, options.pairs, on_gpu)
+    lines = [summary("decoder", result) + f", {result['psnr_db']['bf16']:.1f} dB"]
+    if options.encoder:
+        pictures = (torch.rand(batch, 3, 256, 256, generator=rng) * 2 - 1).to(device)
+        last_pictures = pictures.contiguous(memory_format=torch.channels_last)
+        encoders = {
+            "plain": lambda: plain.encode(pictures),
+            "fp32_channels_last": lambda: exact.encode(last_pictures),
+            "bf16": lambda: fast.encode(last_pictures.bfloat16()),
+        }
+        expected, found = encoders["plain"](), encoders["bf16"]().float()
+        result["encoder"] = {
+            "relative_difference": ((found - expected).norm() / expected.norm()).item(),
+            **compare(encoders, batch, options.pairs, on_gpu),
+        }
+        lines.append(summary("encoder", result["encoder"]))
+    timing.forget_peak(device)
+    decoders["bf16"]()
+    result["decoder_peak_memory_mb"] = timing.peak_memory(device) / 1024**2
+    print(json.dumps({**result, "summary": "; ".join(lines)}, indent=2))
 
 
 if __name__ == "__main__":

@@ -2,20 +2,23 @@
 
     python -m benchmarks.loop                                        # xAR-B, batch 8: about ten minutes, 6 GB of disk
     python -m benchmarks.loop --set model.dim=384 --set model.heads=6 --pairs 3    # a smaller network
+    python -m benchmarks.loop --device cuda --pairs 1                # batch 64, stretches as long as a checkpoint needs
 
 The loop of `xar train` goes on and on with one state, in stretches of a few steps: with one checkpoint after the first
 steps of a stretch, and without. Pairs are made in turns A B B A, after a warm-up; stretches without checkpoints against
 each other come first, as the noise floor. A stretch must be long enough for the checkpoint to be written within it,
 which is checked: then the difference in time is all that a checkpoint costs, also what its thread takes from the cores
-meanwhile. Data waits are measured in the same stretches, around `next(batches)`; the cache is in the page cache.
+meanwhile. Data waits are measured in the same stretches, around `next(batches)`; the cache is in the page cache. With a
+GPU the steps of a stretch are only queued, as in a run; the clock waits for it after the first step and the last.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
-import platform
+import shutil
 import statistics
 import tempfile
 import time
@@ -28,6 +31,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from benchmarks import timing
+from benchmarks.timing import say, synchronise
 from xar_cli.checkpoint import CheckpointWriter, TensorGroups
 from xar_cli.config import Config, load_recipe
 from xar_cli.data.cache_file import CacheLayout, create_cache
@@ -39,10 +44,13 @@ from xar_cli.train.plan import TrainPlan, make_plan
 from xar_cli.train.run import open_run
 from xar_cli.train.state import TrainState
 
-CPU = torch.device("cpu")
-ALONE = Ranks(0, 0, 1, CPU)
 NEVER = 10**9
 SAMPLES = 2048  # in the cache
+BATCH = {"cpu": 8, "cuda": 64}
+STEPS = 8  # of a stretch on a CPU
+WARM_UP_STEPS = 20  # of a stretch on a GPU that only shows how long a step and a checkpoint take
+MARGIN = 1.5  # by which the stretches of a GPU are longer than the writing of a checkpoint
+IN_MEMORY = Path("/dev/shm")
 
 
 @dataclass
@@ -111,6 +119,8 @@ def timed_batches(*arguments: Any) -> Generator[tuple[Tensor, Tensor], None, Non
 
 def timed_step(*arguments: Any) -> None:
     _take_step(*arguments)
+    if not clock.steps or arguments[0].step == TimedWriter.last_step:
+        synchronise()
     clock.steps.append(time.perf_counter())
 
 
@@ -136,7 +146,14 @@ def write_cache(path: Path, config: Config) -> None:
 
 
 def stretch(
-    state: TrainState, plan: TrainPlan, reader: LatentReader, run: RunDir, steps: int, save_after: int
+    state: TrainState,
+    plan: TrainPlan,
+    reader: LatentReader,
+    run: RunDir,
+    ranks: Ranks,
+    steps: int,
+    save_after: int,
+    must_be_written: bool = True,
 ) -> Clock:
     """The real loop for some steps; a checkpoint after `save_after` of them, none where that is 0."""
     global clock
@@ -146,8 +163,8 @@ def stretch(
     train = state.config.train.model_copy(update={"checkpoint_every": every, "log_every": steps})
     state.config = state.config.model_copy(update={"train": train})
     TimedWriter.last_step = end
-    loop._run_steps(state, replace(plan, total_steps=end), reader, run, ALONE, None)
-    if save_after and (len(clock.written) != 1 or clock.written[0][1] > clock.steps[-1]):
+    loop._run_steps(state, replace(plan, total_steps=end), reader, run, ranks, None)
+    if save_after and must_be_written and (len(clock.written) != 1 or clock.written[0][1] > clock.steps[-1]):
         raise SystemExit(f"The checkpoint was not written within {steps} steps: give more --steps.")
     return clock
 
@@ -156,36 +173,59 @@ def spread(values: list[float]) -> dict[str, float]:
     return {"median": statistics.median(values), "min": min(values), "max": max(values), "count": len(values)}
 
 
-def main() -> None:
+def parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--recipe", default="base")
     parser.add_argument("--set", action="append", default=[], dest="overrides", metavar="KEY=VALUE")
-    parser.add_argument("--batch", type=int, default=8)
-    parser.add_argument("--steps", type=int, default=8, help="of a stretch")
+    parser.add_argument("--batch", type=int, help="default: 8 on a CPU, 64 on a GPU")
+    parser.add_argument("--steps", type=int, help="of a stretch; default: 8 on a CPU, what a checkpoint needs on a GPU")
     parser.add_argument("--pairs", type=int, default=5)
-    parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--folder", type=Path, help="where to put cache and checkpoints; default: a temporary one")
+    parser.add_argument(
+        "--folder", type=Path, help="where to put cache and checkpoints; default: a temporary one, with a GPU in memory"
+    )
     parser.add_argument("--json", action="store_true")
-    options = parser.parse_args()
-    torch.set_num_threads(options.threads)
-    batch = [f"train.global_batch_size={options.batch}", f"train.max_batch_per_rank={options.batch}"]
+    timing.add_clock_options(parser)
+    return parser
+
+
+def place(device: torch.device, needed: int) -> Path | None:
+    """Where a GPU's checkpoints go, which a disk would hold up: memory, where it has room for so many bytes."""
+    fits = device.type == "cuda" and IN_MEMORY.is_dir() and shutil.disk_usage(IN_MEMORY).free > needed
+    return IN_MEMORY if fits else None
+
+
+def main() -> None:
+    options = parser().parse_args()
+    device = timing.use_clock(options)
+    if options.clock == "cpu":
+        raise SystemExit("What surrounds a step is measured by the wall's clock.")
+    ranks, images = Ranks(0, 0, 1, device), options.batch or BATCH[device.type]
+    batch = [f"train.global_batch_size={images}", f"train.max_batch_per_rank={images}"]
     config = load_recipe(options.recipe, [*batch, "train.keep_last=1", "data.mirror=true", *options.overrides])
     loop.take_step, loop.batches_from, loop.CheckpointWriter = timed_step, timed_batches, TimedWriter  # type: ignore
 
-    with tempfile.TemporaryDirectory(dir=options.folder) as name:
+    plan = make_plan(config, 1, SAMPLES)
+    folder = options.folder or place(device, 4 * plan.checkpoint_bytes)
+    with tempfile.TemporaryDirectory(dir=folder) as name:
         write_cache(Path(name) / "latents.h5", config)
-        run, state = RunDir(Path(name) / "run"), TrainState.fresh(config, CPU, ALONE)
+        run, state = RunDir(Path(name) / "run"), TrainState.fresh(config, device, ranks)
         with TimedReader(Path(name) / "latents.h5") as reader:
-            plan = make_plan(config, 1, reader.num_samples)
             open_run(run, config, Path(name) / "latents.h5", reader, plan.as_dict())
 
-            def go(save_after: int) -> Clock:
-                found = stretch(state, plan, reader, run, options.steps, save_after)
-                print(f"{found.seconds:.2f} s {'with' if save_after else 'without'} a checkpoint", flush=True)
+            steps = options.steps or (STEPS if device.type == "cpu" else WARM_UP_STEPS)
+
+            def go(save_after: int, must_be_written: bool = True) -> Clock:
+                found = stretch(state, plan, reader, run, ranks, steps, save_after, must_be_written)
+                say(f"{found.seconds:.2f} s for {steps} steps {'with' if save_after else 'without'} a checkpoint")
                 return found
 
-            for save_after in (0, 2):  # warm-up: compilation, page cache, memory of the copies
-                go(save_after)
+            chosen = options.steps is not None or device.type == "cpu"
+            go(0)  # warm-up: compilation, page cache, memory of the copies
+            first_save = go(2, must_be_written=chosen)
+            if not chosen:
+                step, (began, ended) = go(0).seconds / (steps - 1), first_save.written[0]
+                steps = max(steps, 3 + math.ceil(MARGIN * (ended - began) / step))
+            state.step = max(state.step, steps)  # so that a stretch reaches one multiple of its `checkpoint_every` only
             noise, pairs, quiet = [], [], []
             for _ in range(options.pairs):
                 first, second = go(0), go(0)
@@ -196,32 +236,41 @@ def main() -> None:
                 pairs.append((without, with_one))
                 quiet.append(without)
 
-    step = statistics.median(one.seconds / (options.steps - 1) for one in quiet)
+    step = statistics.median(one.seconds / (steps - 1) for one in quiet)
     stalls = [with_one.seconds - without.seconds for without, with_one in pairs]
     result: dict[str, Any] = {
         "parameters": plan.parameters, "checkpoint_bytes": plan.checkpoint_bytes, "step_seconds": step,
-        "stretch_steps": options.steps - 1,
+        "stretch_steps": steps - 1, "batch": images, "folder": str(folder or tempfile.gettempdir()),
         "noise: without a checkpoint against itself": spread(noise),
         "images/s with one checkpoint against without": spread([a.seconds / b.seconds for a, b in pairs]),
         "stall of one checkpoint, seconds": spread(stalls),
         "of which save() blocks the loop, seconds": spread([b.blocked[0] for _, b in pairs]),
+        "save() blocks the loop at first, seconds": first_save.blocked[0],
         "its thread writes for, seconds": spread([end - began for _, b in pairs for began, end in b.written]),
         "processor time of its thread, seconds": spread([b.writing for _, b in pairs]),
         "share of time waiting for data": spread([sum(one.waits[1:]) / one.seconds for one in quiet]),
         "share of processor time reading data": spread([one.reading / one.seconds / options.threads for one in quiet]),
         "checkpoint_every at which the stall is 5 %": statistics.median(stalls) / (0.05 * step),
     }  # fmt: skip
+    stall, share = result["stall of one checkpoint, seconds"], result["share of time waiting for data"]
+    blocked = result["of which save() blocks the loop, seconds"]
+    result["images_per_second"] = images / step
+    size = format_bytes(plan.checkpoint_bytes)
+    result["summary"] = (
+        f"{options.recipe}, batch {images}: {images / step:.1f} images/s in the loop, "
+        f"{share['median']:.2%} waiting for data, stall of a checkpoint of {size} {stall['median']:.2f} s "
+        f"({stall['min']:.2f} to {stall['max']:.2f}), save() {blocked['median']:.2f} s"
+    )
     if options.json:
-        machine = {"machine": platform.processor(), "load": os.getloadavg(), "torch": torch.__version__}
-        print(json.dumps({**machine, **result}))
+        print(json.dumps({**timing.machine(options, device), "load": os.getloadavg(), **result}, indent=2))
         return
     print(f"{plan.parameters / 1e6:.1f} M parameters, {format_bytes(plan.checkpoint_bytes)} a checkpoint, "
-          f"{step:.2f} s a step of {options.batch} images, load {os.getloadavg()[0]:.1f}")  # fmt: skip
+          f"{step:.2f} s a step of {images} images, load {os.getloadavg()[0]:.1f}")  # fmt: skip
     for key, found in result.items():
         if isinstance(found, dict):
             print(f"{key}: {found['median']:.4g} (min {found['min']:.4g}, max {found['max']:.4g}, {found['count']})")
     every = result["checkpoint_every at which the stall is 5 %"]
-    print(f"the stall is 5 % where a checkpoint is written every {every:.0f} steps of {options.batch} images")
+    print(f"the stall is 5 % where a checkpoint is written every {every:.0f} steps of {images} images")
 
 
 if __name__ == "__main__":

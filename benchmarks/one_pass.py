@@ -14,7 +14,8 @@ from collections.abc import Callable
 
 import torch
 
-from benchmarks.sampling import CPU, add_clock_options, build_ours, build_pair, seconds, use_clock
+from benchmarks.sampling import build_ours, build_pair
+from benchmarks.timing import CPU, add_clock_options, seconds, use_clock
 from xar_cli.config import load_recipe
 from xar_cli.precision import AUTOCAST_DTYPES, autocast
 from xar_cli.sample.network import BatchNetwork
@@ -33,7 +34,8 @@ def main() -> None:
     parser.add_argument("--precision", choices=["bf16", "fp32"], default="bf16")
     add_clock_options(parser)
     options = parser.parse_args()
-    use_clock(options)
+    if use_clock(options).type != "cpu":
+        raise SystemExit("This one measures a CPU: `benchmarks.sampling --no-plain` does for a GPU.")
     config = load_recipe("base")
     plain, state = build_pair(config)
     model = build_ours(config, state, options.precision, compiled=True).model

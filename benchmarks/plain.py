@@ -256,7 +256,7 @@ def sample(
         if step_noise is not None:
             grid = np.append(np.linspace(1, 0.04, num_steps), 0.0)
         for i in range(num_steps):
-            t, dt = grid[i], grid[i + 1] - grid[i]
+            t, dt = float(grid[i]), float(grid[i + 1] - grid[i])
             rows = torch.cat([x, x]).float()
             times = torch.full((len(rows), 1), t, dtype=torch.float32, device=x.device)
             if i == 0 and entity > 0:  # the previous entity comes along, clean, and its keys and values are kept

@@ -2,6 +2,8 @@
 
     python -m benchmarks.sampling                     # xAR-B, batch 4, 4 of the 40 steps, two cores: some minutes
     python -m benchmarks.sampling --precision fp32 --pairs 3
+    python -m benchmarks.sampling --device cuda --decoder --steps 8                # batch 128, decoded
+    python -m benchmarks.sampling --device cuda --no-plain --batch 1 --steps 40    # ours alone: latency
 
 Every figure is a ratio of two runs made one after the other (A B B A); median, minimum and maximum are printed, and the
 plain code against itself first: that is the noise, and no ratio means more than it allows. Results of both are compared
@@ -11,42 +13,52 @@ processor seconds of one thread, which other people's work does not lengthen.
 `--steps` is the number of evaluations per entity: the published 40 take ten times as long as the default, at nearly the
 same ratio. (The plain code carries the finished entity along with each entity's first evaluation, ours keeps it in a
 pass of its own; and the table of modulation is filled once. Both weigh less in 40 steps.)
+
+With `--decoder` both programs also decode their latents by KL-16 (seeded weights) to uint8 images that stay on the
+device: ours in the precision of `--precision`, channels-last; the plain code in float32 as written, whose convolutions
+a GPU computes in TF32, torch's default. `--no-plain` times ours alone, with weights drawn on the device and compared
+with nothing: for networks whose arithmetic another run has compared.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import platform
-import resource
-import statistics
-import time
-from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
 
-from benchmarks import plain
+from benchmarks import plain, timing
+from benchmarks.decoder import build
+from benchmarks.timing import CPU, Timed, pairs, say, seconds, spread
 from xar_cli.config import Config, load_recipe
-from xar_cli.model import XAR
+from xar_cli.model import XAR, build_grouping
+from xar_cli.model.transformer import init_weights
 from xar_cli.precision import autocast
 from xar_cli.sample.network import SamplingNetwork, prepare_network
 from xar_cli.sample.plan import SamplingPlan, flops_per_image
 from xar_cli.sample.sampler import sample_latents
+from xar_cli.tokenizer.codec import Codec, to_uint8
+from xar_cli.tokenizer.kl16 import KL16, build_on_meta
 from xar_cli.weights import from_published
 
-CPU = torch.device("cpu")
+BATCH = {"cpu": 4, "cuda": 128}
 TOLERANCE = {"bf16": 5e-2, "fp32": 1e-3}  # relative distance of the latents of both, for the same noise
+DECODER_REPEATS = 3
 
 
 class Noise:
-    """One draw of noise for both programs, in the form that each wants."""
+    """One draw of noise for both programs, in the form that each wants; drawn on the CPU, the same for every device."""
 
-    def __init__(self, config: Config, batch: int, entities: int, length: int, steps: int) -> None:
+    def __init__(
+        self, config: Config, batch: int, entities: int, length: int, steps: int, device: torch.device = CPU
+    ) -> None:
         rng = torch.Generator().manual_seed(0)
         shape = (length, config.latent_channels)
-        self.initial = torch.randn(batch, entities, *shape, generator=rng)
-        self.steps = torch.randn(batch, entities, steps - 1, *shape, generator=rng)
+        self.initial = torch.randn(batch, entities, *shape, generator=rng).to(device)
+        self.steps = torch.randn(batch, entities, steps - 1, *shape, generator=rng).to(device)
 
     def draw(self, entity: int, length: int, draws: int) -> Tensor:
         """For the sampler: (draws, B, L, C)."""
@@ -61,127 +73,202 @@ def build_pair(config: Config) -> tuple[plain.PlainXAR, dict[str, Tensor]]:
 
 
 def build_ours(
-    config: Config, state: dict[str, Tensor], precision: str, compiled: bool, packed: bool = True
+    config: Config,
+    state: dict[str, Tensor],
+    precision: str,
+    compiled: bool,
+    packed: bool = True,
+    device: torch.device = CPU,
+    recorded: bool = True,
 ) -> SamplingNetwork:
-    """Our network with these weights, ready for sampling."""
+    """Our network with these weights on a device, ready for sampling."""
     model = XAR(config)
     model.load_state_dict({name: tensor.clone() for name, tensor in state.items()})
-    return prepare_network(model.eval(), precision, compiled, packed)
+    return prepare_network(model.eval().to(device), precision, compiled, packed, recorded)
 
 
-class Clock:
-    """What `seconds` reads: the wall's clock, or the CPU time of this process where other work shares the machine."""
-
-    read: Callable[[], float] = staticmethod(time.perf_counter)
-
-
-def seconds(run: Callable[[], object]) -> float:
-    began = Clock.read()
-    run()
-    return Clock.read() - began
-
-
-def add_clock_options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--clock", choices=["wall", "cpu"], default="wall", help="cpu needs --threads 1")
+def build_alone(
+    config: Config, precision: str, compiled: bool, device: torch.device, recorded: bool = True
+) -> SamplingNetwork:
+    """Our network with weights that are drawn on the device, ready for sampling."""
+    with torch.device(device):
+        model = XAR(config)
+    model = model.eval().to(device)
+    init_weights(model, torch.Generator(device).manual_seed(0))
+    return prepare_network(model, precision, compiled, recorded=recorded)
 
 
-def use_clock(options: argparse.Namespace) -> None:
-    """Set threads and clock; the CPU time of several threads that wait for each other means nothing."""
-    if options.clock == "cpu" and options.threads != 1:
-        raise SystemExit("--clock cpu counts the seconds of one thread: give --threads 1.")
-    torch.set_num_threads(options.threads)
-    if options.clock == "cpu":
-        Clock.read = staticmethod(time.process_time)
+class Job:
+    """One batch of images, by our program and by the plain one.
 
+    Args:
+        config: the recipe, with its steps.
+        options: of the command line.
+        device: where all of it is computed.
+    """
 
-def pairs(first: Callable[[], object], second: Callable[[], object], count: int) -> list[float]:
-    """Ratios first / second, in the order A B B A."""
-    ratios = []
-    for number in range(count):
-        if number % 2:
-            after, before = seconds(second), seconds(first)
-        else:
-            before, after = seconds(first), seconds(second)
-        ratios.append(before / after)
-    return ratios
+    def __init__(self, config: Config, options: argparse.Namespace, device: torch.device) -> None:
+        self.config, self.device, self.precision = config, device, options.precision
+        self.compiled, self.recorded = not options.no_compile, not options.no_record
+        self.batch = options.batch or BATCH[device.type]
+        self.plain_precision = options.plain_precision or options.precision
+        self.plan, self.steps = SamplingPlan.of(config), options.steps
+        lengths = build_grouping(config.entity, config.grid).lengths
+        self.noise = Noise(config, self.batch, len(lengths), lengths[0], self.steps, device)
+        self.labels = (torch.arange(self.batch) * 37 % config.data.num_classes).to(device)
+        self.model: SamplingNetwork | None = None
+        self.network: plain.PlainXAR | None = None
+        self.codec: Codec | None = None
+        self.plain_decoder: Any = None
+        self.drawn = torch.empty(0)  # our latents, once they have been looked at
+        if options.decoder:  # ours as `load_tokenizer` prepares it
+            dtype = torch.bfloat16 if options.precision == "bf16" else torch.float32
+            tokenizer = KL16(build(dtype, channels_last=True, device=device), "kl16:seeded")
+            self.codec = Codec(tokenizer, config.tokenizer.latent_scale)
+            if not options.no_plain:
+                self.plain_decoder = build(torch.float32, channels_last=False, device=device)
 
+    def latents(self) -> Tensor:
+        """Our latents."""
+        assert self.model is not None
+        with autocast(self.precision, self.device):
+            return sample_latents(self.model, self.labels, self.noise, self.plan)
 
-def spread(ratios: list[float]) -> dict[str, float]:
-    return {"median": round(statistics.median(ratios), 3), "min": round(min(ratios), 3), "max": round(max(ratios), 3)}
+    def ours(self) -> Tensor:
+        """Our images, or latents where there is no decoder."""
+        return self.latents() if self.codec is None else self.decode(self.latents())
 
+    @torch.inference_mode()
+    def decode(self, latents: Tensor) -> Tensor:
+        """Our images of these latents."""
+        assert self.codec is not None
+        return self.codec.images(latents)
 
-def matmul_peak(precision: str) -> float:
-    """FLOP/s of the best matrix product of the model's kind of shape that this machine gives now."""
-    dtype = torch.bfloat16 if precision == "bf16" else torch.float32
-    best = 0.0
-    for rows, inner, columns in ((512, 768, 2304), (512, 768, 4096), (512, 2048, 768), (2048, 2048, 2048)):
-        x, weight = torch.randn(rows, inner, dtype=dtype), torch.randn(columns, inner, dtype=dtype)
-        fastest = min(seconds(lambda x=x, weight=weight: torch.nn.functional.linear(x, weight)) for _ in range(12))
-        best = max(best, 2 * rows * inner * columns / fastest)
-    return best
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--recipe", default="base")
-    parser.add_argument("--precision", choices=["bf16", "fp32"], default="bf16")
-    parser.add_argument("--batch", type=int, default=4)
-    parser.add_argument("--steps", type=int, default=4)
-    parser.add_argument("--pairs", type=int, default=5)
-    add_clock_options(parser)
-    parser.add_argument("--no-compile", action="store_true")
-    parser.add_argument("--plain-precision", choices=["bf16", "fp32"], help="default: the same")
-    options = parser.parse_args()
-    use_clock(options)
-    config = load_recipe(options.recipe, [f"sample.num_steps={options.steps}"])
-    plan = SamplingPlan.of(config)
-    plain_precision = options.plain_precision or options.precision
-
-    network, state = build_pair(config)
-    ours = build_ours(config, state, options.precision, not options.no_compile)
-    noise = Noise(config, options.batch, network.num_entities, network.length, options.steps)
-    labels = torch.arange(options.batch) * 37 % config.data.num_classes
-
-    def run_plain() -> Tensor:
-        with autocast(plain_precision, CPU):
+    def plain_latents(self) -> Tensor:
+        """Those of the plain code."""
+        assert self.network is not None
+        guidance = self.config.sample.guidance_scale
+        with autocast(self.plain_precision, self.device):
             return plain.sample(
-                network, labels, noise.initial, noise.steps, options.steps, config.sample.guidance_scale
-            )
+                self.network, self.labels, self.noise.initial, self.noise.steps, self.steps, guidance
+            )  # fmt: skip
 
-    def run_ours() -> Tensor:
-        with autocast(options.precision, CPU):
-            return sample_latents(ours, labels, noise, plan)
+    @torch.no_grad()
+    def plain(self) -> Tensor:
+        """Images of the plain code, or latents where there is no decoder."""
+        latents = self.plain_latents()
+        if self.plain_decoder is None:
+            return latents
+        return to_uint8(self.plain_decoder.decode(latents / self.config.tokenizer.latent_scale))
 
-    began = time.perf_counter()
-    run_ours()
-    warm_up = time.perf_counter() - began
-    expected, found = run_plain(), run_ours()
-    error = ((found - expected).norm() / expected.norm()).item()
-    if error > TOLERANCE[options.precision]:
+    def flops(self) -> float:
+        """FLOP of one image by our program, counted from shapes."""
+        work = flops_per_image(self.config, self.plan)
+        if self.codec is not None:
+            with FlopCounterMode(display=False) as counter, torch.no_grad():
+                build_on_meta().decode(torch.empty(1, self.config.latent_channels, *self.config.grid, device="meta"))
+            work += counter.get_total_flops()
+        return work
+
+
+def time_both(job: Job, count: int) -> tuple[Timed, dict[str, Any]]:
+    """Our program against the plain one, once their latents agree: our times, and what to report."""
+    network, state = build_pair(job.config)
+    job.network = network.to(job.device)
+    timing.forget_peak(job.device)
+    expected = job.plain_latents()
+    plain_times, ours = Timed(job.plain), Timed(job.ours)
+    job.plain()
+    plain_peak = timing.peak_memory(job.device)
+    job.model = build_ours(job.config, state, job.precision, job.compiled, device=job.device, recorded=job.recorded)
+    warm_up = seconds(job.ours)
+    say(f"compilation and first run of ours: {warm_up:.1f} s")
+    job.drawn = job.latents()
+    error = ((job.drawn - expected).norm() / expected.norm()).item()
+    if not error <= TOLERANCE[job.precision]:
         raise SystemExit(f"The results differ by {error:.2e}: no speed is printed.")
-    noise_floor = pairs(run_plain, run_plain, 1)
-    times: dict[str, list[float]] = {"plain": [], "ours": []}
-    ratios = pairs(
-        lambda: times["plain"].append(seconds(run_plain)),
-        lambda: times["ours"].append(seconds(run_ours)),
-        options.pairs,
-    )
-    peak, work = matmul_peak(options.precision), flops_per_image(config, plan) * options.batch
-    print(json.dumps({
-        "machine": platform.processor() or platform.machine(), "threads": options.threads, "clock": options.clock,
-        "torch": torch.__version__,
-        "recipe": options.recipe, "batch": options.batch, "steps_per_entity": options.steps,
-        "precision": options.precision, "plain_precision": plain_precision, "compiled": not options.no_compile,
+    job.ours()
+    noise_floor = pairs(plain_times, plain_times, 1)
+    plain_times.times.clear()
+    ratios = pairs(plain_times, ours, count)
+    job.network = job.plain_decoder = None
+    return ours, {
+        "plain_precision": job.plain_precision,
         "relative_difference": error,
         "plain_against_itself": spread(noise_floor),
         "plain_time_over_ours": spread(ratios),
-        "seconds": {name: {"fastest": min(found), "median": statistics.median(found)} for name, found in times.items()},
+        "seconds": {"plain": plain_times.as_dict()},
+        "images_per_second": {"plain": job.batch / plain_times.median},
         "first_run_with_compilation_seconds": warm_up,
-        "teraflop_per_image": work / options.batch / 1e12,
+        "plain_peak_memory_mb": plain_peak / 1024**2,
+    }
+
+
+def time_alone(job: Job, repeats: int) -> tuple[Timed, dict[str, Any]]:
+    """Our program some times: its times, and what to report."""
+    job.model = build_alone(job.config, job.precision, job.compiled, job.device, job.recorded)
+    warm_up = seconds(job.ours)
+    say(f"compilation and first run of ours: {warm_up:.1f} s")
+    job.drawn = job.latents()
+    if not torch.isfinite(job.drawn).all():
+        raise SystemExit("The latents are not finite: no speed is printed.")
+    ours = Timed(job.ours)
+    for _ in range(repeats):
+        ours()
+    return ours, {"first_run_with_compilation_seconds": warm_up}
+
+
+def parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--recipe", default="base")
+    parser.add_argument("--set", action="append", default=[], dest="overrides", metavar="KEY=VALUE")
+    parser.add_argument("--precision", choices=["bf16", "fp32"], default="bf16")
+    parser.add_argument("--batch", type=int, help="default: 4 on a CPU, 128 on a GPU")
+    parser.add_argument("--steps", type=int, default=4)
+    parser.add_argument("--pairs", type=int, default=5)
+    parser.add_argument("--decoder", action="store_true", help="decode the latents too")
+    parser.add_argument("--no-plain", action="store_true", help="ours alone")
+    parser.add_argument("--repeats", type=int, default=5, help="how often, with --no-plain")
+    parser.add_argument("--no-compile", action="store_true")
+    parser.add_argument("--no-record", action="store_true", help="no CUDA graphs")
+    parser.add_argument("--plain-precision", choices=["bf16", "fp32"], help="default: the same")
+    timing.add_clock_options(parser)
+    return parser
+
+
+def main() -> None:
+    options = parser().parse_args()
+    device = timing.use_clock(options)
+    config = load_recipe(options.recipe, [f"sample.num_steps={options.steps}", *options.overrides])
+    job = Job(config, options, device)
+    ours, found = time_alone(job, options.repeats) if options.no_plain else time_both(job, options.pairs)
+    if job.codec is not None:
+        decoding = Timed(lambda: job.decode(job.drawn))
+        for _ in range(DECODER_REPEATS):
+            decoding()
+        found.setdefault("seconds", {})["decoder of ours"] = decoding.as_dict()
+    timing.forget_peak(device)
+    job.ours()
+    peak_bytes, reserved = timing.peak_memory(device), timing.reserved_memory(device)
+    peak = timing.matmul_peak(options.precision, device)
+    speed, share = job.batch / ours.median, job.flops() * job.batch / ours.median / peak
+    against = "" if options.no_plain else f", {timing.spread_text(found['plain_time_over_ours'])} as fast as plain"
+    print(json.dumps({
+        **timing.machine(options, device),
+        "recipe": options.recipe, "batch": job.batch, "steps_per_entity": options.steps, "decoder": options.decoder,
+        "precision": options.precision, "compiled": job.compiled,
+        **({"recorded": job.recorded} if device.type == "cuda" else {}),
+        **found,
+        "seconds": {**found.get("seconds", {}), "ours": ours.as_dict()},
+        "images_per_second": {**found.get("images_per_second", {}), "ours": speed},
+        "teraflop_per_image": job.flops() / 1e12,
         "matmul_peak_gigaflops": peak / 1e9,
-        "share_of_peak": work / statistics.median(times["ours"]) / peak,
-        "peak_memory_mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
+        "share_of_peak": share,
+        "peak_memory_mb": peak_bytes / 1024**2,
+        **reserved,
+        "summary": f"{options.recipe}, batch {job.batch}, {options.steps} evaluations: {speed:.2f} images/s, "
+                   f"{ours.median:.3f} s a batch{against}, {share:.0%} of {peak / 1e12:.1f} TFLOP/s, "
+                   f"{peak_bytes / 1024**3:.1f} GB",
     }, indent=2))  # fmt: skip
 
 

@@ -26,6 +26,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks import plain
 from benchmarks.sampling import Noise, build_ours, build_pair
+from benchmarks.timing import CPU
 from xar_cli.config import Config, load_recipe
 from xar_cli.model import attention
 from xar_cli.precision import autocast
@@ -38,7 +39,6 @@ from xar_cli.sample.network import (
 from xar_cli.sample.plan import SamplingPlan, flops_per_image
 from xar_cli.sample.sampler import sample_latents
 
-CPU = torch.device("cpu")
 BATCH, STEPS = 2, 3
 VIEWS = {
     "view", "_unsafe_view", "expand", "slice", "select", "transpose", "permute", "t", "unsqueeze", "squeeze", "split",
