@@ -107,7 +107,7 @@ def measure(
     weights, root = folder / "kl16.safetensors", folder / "images"
     write_weights(weights)
     write_images(root, count)
-    job = _job(recipe, weights, root, device, torch.float32)
+    job = _job(recipe, weights, root, device, "fp32")
     items = [
         np.stack([job.load(row) for row in range(start, min(start + batch, count))]) for start in range(0, count, batch)
     ]
@@ -145,7 +145,7 @@ def measure(
         "noise floor: encoder against encoder": in_turns(lambda: pure(job), lambda: pure(job), 2),
         "stage against pure encoder, fp32": in_turns(stage, lambda: pure(job), pairs),
     }
-    half = _job(recipe, weights, root, device, torch.bfloat16)
+    half = _job(recipe, weights, root, device, "bf16")
     one = items[:1]
     pure(half, one)
     results["encoder bf16 against fp32"] = in_turns(lambda: pure(half, one), lambda: pure(job, one), pairs)
@@ -208,8 +208,8 @@ def error_of(moments: torch.Tensor, exact: torch.Tensor) -> dict[str, float]:
     }
 
 
-def _job(recipe: Config, weights: Path, root: Path, device: torch.device, dtype: torch.dtype) -> EncodeImages:
-    codec = Codec(load_tokenizer(recipe, weights, device, dtype), recipe.tokenizer.latent_scale)
+def _job(recipe: Config, weights: Path, root: Path, device: torch.device, precision: str) -> EncodeImages:
+    codec = Codec(load_tokenizer(recipe, weights, device, precision), recipe.tokenizer.latent_scale)
     return EncodeImages(ImageFolder(root), codec, recipe.data.image_size, True, device)
 
 

@@ -1,7 +1,8 @@
-"""The arithmetic that a recipe's `precision` stands for, in one place for training and sampling."""
+"""The arithmetic that a `precision` stands for, and when compiling it pays, in one place for all stages."""
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
@@ -9,6 +10,8 @@ from typing import Any
 import torch
 
 AUTOCAST_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
+# Compiling takes about a minute of a CPU or a GPU that would do so much work meanwhile: FLOP, both rounded down.
+COMPILE_PAYS_FROM = {"cpu": 5e13, "cuda": 1e16}
 
 
 def autocast(precision: str, device: torch.device) -> AbstractContextManager[Any]:
@@ -22,14 +25,21 @@ def set_matmul_precision(precision: str) -> None:
     torch.set_float32_matmul_precision("high" if precision == "tf32" else "highest")
 
 
-@contextmanager
-def strict_float32() -> Iterator[None]:
-    """Convolutions and products of float32 in true float32 on CUDA, where torch lets convolutions use TF32.
+def compile_pays(flops: float, device: torch.device) -> bool:
+    """Whether a job of so many FLOP is worth the time of compiling, and there is a compiler."""
+    has_compiler = device.type != "cpu" or any(shutil.which(name) for name in ("g++", "clang++", "c++"))
+    return has_compiler and flops >= COMPILE_PAYS_FROM.get(device.type, float("inf"))
 
-    TF32 would shift every result in the third digit: the features of an evaluation, the moments of a tokenizer.
+
+@contextmanager
+def float32_arithmetic(precision: str) -> Iterator[None]:
+    """What convolutions and products of float32 do on CUDA: TF32 for `tf32`, true float32 for all else.
+
+    Torch lets convolutions use TF32 unless it is told otherwise, which shifts the features of an evaluation and the
+    moments of a tokenizer in the third digit.
     """
     before = torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32
-    torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
+    torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = precision == "tf32"
     try:
         yield
     finally:

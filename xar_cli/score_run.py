@@ -150,7 +150,7 @@ class _Source:
         self.protocols = [one.name for one in pick_protocols(settings.protocols or config.evaluate.protocol)]
         if self.sampling.count < 2:
             raise UserError("One image is no distribution.", "Give a larger --count.")
-        self.codec = load_codec(self.sampling, ranks.device)
+        self.codec = load_codec(self.sampling, ranks.device, self.sampling.count // ranks.world_size)
         self._weights = open_weights(run.root, config)
         self.weights_sha256 = self._weights.sha256
 

@@ -24,7 +24,7 @@ from xar_cli.tokenizer import Codec, load_tokenizer
 PIXEL_VALUES_PER_BATCH = 1 << 23  # default batch: 42 RGB images of 256 x 256
 MAX_BATCH = 256
 MAR_TOKENIZER = "kl16:mar"  # MAR's cache does not say which file of weights made it
-PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16}
+PRECISIONS = ("fp32", "tf32", "fp16", "bf16")
 
 
 class CacheSettings(Section):
@@ -35,7 +35,7 @@ class CacheSettings(Section):
     config: Config = Field(description="Recipe: image size, channels, tokenizer, classes.")
     from_mar: bool = Field(False, description="`images` is a cache of MAR, taken over without encoding.")
     tokenizer_weights: Path | None = Field(None, description="File of kl16's weights.")
-    precision: str = Field("fp32", description="Arithmetic of kl16: fp32 or bf16.")
+    precision: str = Field("fp32", description="Arithmetic of kl16: fp32, bf16, and on a GPU tf32 or fp16.")
     flip: str = Field("encode", description="encode stores the mirror image too, none does not.")
     dtype: str = Field("float16", description="float16 or float32, as stored.")
     max_bad: int | None = Field(0, description="Unusable images to leave out before the end; None: any number.")
@@ -48,7 +48,7 @@ class CacheSettings(Section):
         for name, value, choices in (
             ("--flip", self.flip, ("encode", "none")),
             ("--dtype", self.dtype, DTYPES),
-            ("--precision", self.precision, tuple(PRECISIONS)),
+            ("--precision", self.precision, PRECISIONS),
         ):
             if value not in choices:
                 raise UserError(f"{name} cannot be '{value}'.", did_you_mean(value, choices))
@@ -154,7 +154,9 @@ def _open_job(settings: CacheSettings, device: torch.device) -> tuple[Job, str, 
         return job, identity, "fp32"
     source = open_images(settings.images)
     precision = settings.precision if config.tokenizer.kind == "kl16" else "fp32"
-    codec = Codec(load_tokenizer(config, weights, device, PRECISIONS[precision]), config.tokenizer.latent_scale)
+    work = len(source.names) * (2 if flip else 1)
+    tokenizer = load_tokenizer(config, weights, device, precision, ("encode", work))
+    codec = Codec(tokenizer, config.tokenizer.latent_scale)
     job = EncodeImages(source, codec, config.data.image_size, flip, device)
     return job, codec.tokenizer.identity, precision
 

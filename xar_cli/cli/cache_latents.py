@@ -46,7 +46,7 @@ def cache_latents(
     recipe: RecipeOption = None,
     overrides: SetOption = None,
     tokenizer_weights: TokenizerWeightsOption = None,
-    precision: Annotated[str, typer.Option(help="Arithmetic of kl16: fp32 or bf16.")] = "fp32",
+    precision: Annotated[str, typer.Option(help="Arithmetic of kl16: fp32, bf16, and on a GPU tf32 or fp16.")] = "fp32",
     flip: Annotated[
         str | None, typer.Option(help="encode: store the mirror image too; none: do not. Default: as data.mirror.")
     ] = None,

@@ -338,8 +338,8 @@ class SampleConfig(Section):
         description="Compile the network with torch.compile where the job is long enough to pay; on a GPU, record its "
         "passes as CUDA graphs.",
     )
-    decoder_precision: Literal["bf16", "fp32"] = Field(
-        "fp32", description="Arithmetic of the KL-16 decoder; the pixels tokenizer has none."
+    decoder_precision: Literal["bf16", "fp16", "tf32", "fp32"] = Field(
+        "fp32", description="Arithmetic of the KL-16 decoder (fp16 and tf32 on a GPU); the pixels tokenizer has none."
     )
 
     def entity_steps(self, num_entities: int) -> tuple[int, ...]:

@@ -20,7 +20,7 @@ from xar_cli.errors import UserError
 from xar_cli.evaluate import digits, inception
 from xar_cli.evaluate.weights import Weights, find_weights
 from xar_cli.logs import log
-from xar_cli.precision import strict_float32
+from xar_cli.precision import float32_arithmetic
 
 Precision = Literal["fp32", "bf16"]
 DIGITS, INCEPTION, INCEPTION_CLEAN, VGG16 = "digits", "inception", "inception-clean", "vgg16"
@@ -62,7 +62,7 @@ class FeatureNetwork:
     @torch.inference_mode()
     def features(self, images: np.ndarray) -> dict[str, np.ndarray]:
         """Features of (B, H, W, 3) prepared images, each (B, width) float32."""
-        with strict_float32():
+        with float32_arithmetic(self.precision):
             found = self.forward(torch.from_numpy(images).to(self.device).permute(0, 3, 1, 2))
         return {name: value.float().cpu().numpy() for name, value in zip(self.layers, found, strict=True)}
 

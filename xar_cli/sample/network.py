@@ -6,7 +6,6 @@ Legend: B rows, K entities, N tokens of the pass, C channels, D width.
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Callable
 from typing import Any, cast
 
@@ -18,8 +17,6 @@ from xar_cli.model import XAR, KVCache
 from xar_cli.model.transformer import Block
 from xar_cli.precision import AUTOCAST_DTYPES
 
-# Compiling takes about a minute of a CPU or a GPU that would do so much work meanwhile: FLOP, both rounded down.
-COMPILE_PAYS_FROM = {"cpu": 5e13, "cuda": 1e16}
 PACKED_ROWS = 512  # rows of a product that a weight is packed for; it serves any number
 PRODUCTS = ("attention.qkv", "attention.proj", "mlp.fc1", "mlp.fc2")
 PARTS_AROUND_ATTENTION = ("before_attention", "after_attention")
@@ -32,12 +29,6 @@ MOST_RECORDED = 1024  # passes; each takes some memory of its own
 Run = Callable[..., Tensor]  # tensors in, one tensor out; whatever else it reads or writes stays where it is
 Replay = Callable[[], Any]
 Record = Callable[[Callable[[], Tensor]], tuple[Replay, Tensor]]  # what does a call again, and where its result will be
-
-
-def compile_pays(flops: float, device: torch.device) -> bool:
-    """Whether a job of so many FLOP is worth the time of compiling, and there is a compiler."""
-    has_compiler = device.type != "cpu" or any(shutil.which(name) for name in ("g++", "clang++", "c++"))
-    return has_compiler and flops >= COMPILE_PAYS_FROM.get(device.type, float("inf"))
 
 
 def prepare_network(
@@ -110,6 +101,7 @@ class SamplingNetwork:
 
     def __init__(self, model: XAR, record: Record | None = None) -> None:
         self.model = model
+        self.grouping = model.grouping.to(model.rope.device)
         self._record = record
         self._recorded: RecordedPasses | None = None
 

@@ -49,7 +49,7 @@ def sample_latents(
     Returns:
         (B, C, H, W) float32 scaled latents.
     """
-    grouping, batch = network.model.grouping, network.begin(labels, plan.guided)
+    grouping, batch = network.grouping, network.begin(labels, plan.guided)
     solver = SOLVERS[plan.solver]
     entities: list[Tensor] = []
     for entity, (length, steps) in enumerate(zip(grouping.lengths, plan.num_steps, strict=True)):

@@ -17,17 +17,18 @@ from xar_cli.distributed import Ranks, process_group
 from xar_cli.errors import UserError
 from xar_cli.logs import log, progress
 from xar_cli.model import XAR
-from xar_cli.precision import autocast, set_matmul_precision
+from xar_cli.precision import autocast, compile_pays, set_matmul_precision
 from xar_cli.run_dir import write_json
 from xar_cli.sample.images import PngWriter, grid_image, load_images
 from xar_cli.sample.manifest import MANIFEST, check_out, make_manifest, packs_to_write
-from xar_cli.sample.network import SamplingNetwork, compile_pays, prepare_network
+from xar_cli.sample.network import SamplingNetwork, prepare_network
 from xar_cli.sample.noise import AddressedNoise
 from xar_cli.sample.packing import pack_path, patience_for, wait_for_images, write_pack
 from xar_cli.sample.plan import SamplingPlan, flops_per_image
 from xar_cli.sample.sampler import Observer, ignore, sample_latents
 from xar_cli.sample.settings import SampleSettings
 from xar_cli.tokenizer import Codec, load_tokenizer
+from xar_cli.tokenizer.codec import to_uint8
 from xar_cli.weights import open_weights
 
 __all__ = ["MANIFEST", "SampleSettings", "describe_settings", "draw_images", "make_manifest", "sample"]
@@ -45,7 +46,7 @@ def sample(settings: SampleSettings) -> dict[str, Any]:
     """
     with process_group(settings.device) as ranks:
         weights = open_weights(settings.weights, settings.config, ema=settings.ema)
-        codec = load_codec(settings, ranks.device)
+        codec = load_codec(settings, ranks.device, settings.count // ranks.world_size)
         manifest = make_manifest(settings, weights.sha256, codec.tokenizer.identity)
         missing = ranks.on_main(lambda: _open_out(settings, manifest))  # one list for all, before anybody writes
         mine = missing[ranks.rank :: ranks.world_size]
@@ -97,11 +98,13 @@ def _disk_errors(out: Path) -> Iterator[None]:
         ) from None
 
 
-def load_codec(settings: SampleSettings, device: torch.device) -> Codec:
-    """The decoder, in the precision that the recipe asks for."""
+def load_codec(settings: SampleSettings, device: torch.device, images: int) -> Codec:
+    """The decoder for so many images, in the precision that the recipe asks for."""
     config = settings.config
-    dtype = torch.bfloat16 if config.sample.decoder_precision == "bf16" else torch.float32
-    tokenizer = load_tokenizer(config, settings.tokenizer_weights, device, dtype)
+    tokenizer = load_tokenizer(
+        config, settings.tokenizer_weights, device, config.sample.decoder_precision,
+        ("decode", images if config.sample.compile else 0),
+    )  # fmt: skip
     return Codec(tokenizer, config.tokenizer.latent_scale)
 
 
@@ -220,12 +223,14 @@ def queue_images(
     device: torch.device,
     observe: Observer = ignore,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """As `draw_images`, without waiting for a GPU: uint8 images, and which of them (B,) come from finite latents."""
+    """As `draw_images`, without waiting for a GPU: uint8 images, and which of them (B,) were finite before."""
     noise = AddressedNoise(seed, indices, config.latent_channels, device)
     classes = torch.tensor(labels).to(device, non_blocking=True)
     with autocast(config.train.precision, device):
         latents = sample_latents(network, classes, noise, SamplingPlan.of(config), observe)
-    return codec.images(latents), torch.isfinite(latents).flatten(1).all(dim=1)
+    pixels = codec.decode(latents)
+    finite = [torch.isfinite(values).flatten(1).all(dim=1) for values in (latents, pixels)]
+    return to_uint8(pixels), finite[0] & finite[1]
 
 
 def _require_finite(finite: torch.Tensor, indices: list[int], precision: str) -> None:

@@ -57,6 +57,10 @@ class Codec:
         """Latents (B, C, H, W) drawn from moments (B, 2C, H, W) with the noise eps (B, C, H, W)."""
         return sample_latents(moments, eps, self.latent_scale)
 
+    def decode(self, latents: Tensor) -> Tensor:
+        """Latents (B, C, H, W) -> float32 images (B, channels, height, width), about [-1, 1], not clipped."""
+        return self.tokenizer.decode(latents / self.latent_scale)
+
     def images(self, latents: Tensor) -> Tensor:
         """Latents (B, C, H, W) -> uint8 images (B, channels, height, width)."""
-        return to_uint8(self.tokenizer.decode(latents / self.latent_scale))
+        return to_uint8(self.decode(latents))

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from xar_cli.config.schema import KL16_CHANNELS, KL16_STRIDE
 from xar_cli.errors import UserError
 from xar_cli.hub import local_file
-from xar_cli.precision import strict_float32
+from xar_cli.precision import float32_arithmetic
 from xar_cli.tensor_files import State, check_state, is_state, read_tensor_file
 
 WIDTH = 128  # channels of the first level
@@ -30,6 +30,8 @@ MULTIPLIERS = (1, 1, 2, 2, 4)  # width of each level, in WIDTHs; each level but 
 ENCODER_BLOCKS = 2  # residual blocks a level
 DECODER_BLOCKS = 3
 LOGVAR_RANGE = (-30.0, 20.0)
+DTYPES = {"fp32": torch.float32, "tf32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+FLOP_PER_PIXEL = {"encode": 2.1e6, "decode": 3.8e6}
 
 
 class KL16:
@@ -38,6 +40,8 @@ class KL16:
     Args:
         network: the autoencoder, on its device and in its dtype, in eval mode.
         identity: `kl16:` and the sha256 of the weights.
+        precision: `tf32` lets a GPU take TF32 for float32 weights; otherwise the weights' dtype says it.
+        compiled: whether both halves go through torch.compile, at their first use.
     """
 
     kind = "kl16"
@@ -45,35 +49,53 @@ class KL16:
     image_channels = 3
     latent_channels = KL16_CHANNELS
 
-    def __init__(self, network: AutoencoderKL, identity: str) -> None:
+    def __init__(self, network: AutoencoderKL, identity: str, precision: str = "fp32", compiled: bool = False) -> None:
         self.network = network
         self.identity = identity
+        self._precision = precision
+        halves: list[Callable[[Tensor], Tensor]] = [network.encode, network.decode]
+        self._encode, self._decode = (CompiledForOneShape(half) if compiled else half for half in halves)
         parameter = next(network.parameters())
         self.device, self.dtype = parameter.device, parameter.dtype
 
     @torch.no_grad()
     def encode(self, images: Tensor) -> Tensor:
         """Images (B, 3, S, S) in [-1, 1] -> float32 moments (B, 32, H, W): mean, clamped log-variance."""
-        with strict_float32():
-            return self.network.encode(self._place(images)).float()
+        with float32_arithmetic(self._precision):
+            return self._encode(self._place(images)).float()
 
     @torch.no_grad()
     def decode(self, raw_latents: Tensor) -> Tensor:
         """Unscaled latents (B, 16, H, W) -> images (B, 3, S, S) in float32, about [-1, 1], not clipped."""
-        with strict_float32():
-            return self.network.decode(self._place(raw_latents)).float()
+        with float32_arithmetic(self._precision):
+            return self._decode(self._place(raw_latents)).float()
 
     def _place(self, tensor: Tensor) -> Tensor:
         return tensor.to(self.device, self.dtype).contiguous(memory_format=torch.channels_last)
 
 
-def load_kl16(source: str | Path, device: torch.device, dtype: torch.dtype = torch.float32) -> KL16:
+class CompiledForOneShape:
+    """A function compiled for the shape of its first input; others, such as a smaller last batch, are not worth it."""
+
+    def __init__(self, function: Callable[[Tensor], Tensor]) -> None:
+        self._eager, self._compiled = function, torch.compile(function, dynamic=False)
+        self._shape: torch.Size | None = None
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """What the function gives for x."""
+        if self._shape is None:
+            self._shape = x.shape
+        return self._compiled(x) if x.shape == self._shape else self._eager(x)
+
+
+def load_kl16(source: str | Path, device: torch.device, precision: str = "fp32", compiled: bool = False) -> KL16:
     """Read `kl16.ckpt`, or safetensors with the same or diffusers' names, and build the autoencoder.
 
     Args:
         source: the file of weights, or its `hf://` name.
         device: where the autoencoder runs.
-        dtype: of its weights and arithmetic; bfloat16 is faster where the device has it.
+        precision: a name in DTYPES.
+        compiled: see `KL16`.
 
     Raises:
         UserError: the file is missing, damaged, unsafe, or holds other tensors than KL-16's.
@@ -81,8 +103,8 @@ def load_kl16(source: str | Path, device: torch.device, dtype: torch.dtype = tor
     state = read_kl16_state(local_file(source))
     network = build_on_meta()
     network.load_state_dict(state, strict=True, assign=True)
-    network = network.to(device, dtype).to(memory_format=torch.channels_last)
-    return KL16(network.eval().requires_grad_(False), identity_of(state))
+    network = network.to(device, DTYPES[precision]).to(memory_format=torch.channels_last)
+    return KL16(network.eval().requires_grad_(False), identity_of(state), precision, compiled)
 
 
 def build_on_meta() -> AutoencoderKL:
@@ -346,8 +368,8 @@ class Upsample(nn.Module):
 
 
 def norm_silu(norm: nn.Module, x: Tensor) -> Tensor:
-    """SiLU of the normalised x, written over the norm's own output."""
-    return F.silu(norm(x), inplace=True)
+    """SiLU of the normalised x; in eager code it is written over the norm's own output."""
+    return F.silu(norm(x), inplace=not torch.compiler.is_compiling())
 
 
 def _blocks(count: int, width_in: int, width_out: int) -> nn.ModuleList:

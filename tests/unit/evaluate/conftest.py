@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from xar_cli.data.digits import write_digits
 from xar_cli.evaluate import evaluation
 from xar_cli.evaluate.networks import INCEPTION, FeatureNetwork
+from xar_cli.precision import float32_arithmetic
 
 
 def make_images(count: int, size: int = 32, seed: int = 0, brightness: float = 1.0) -> np.ndarray:
@@ -88,7 +89,8 @@ def inception_files(tmp_path_factory) -> InceptionFiles:
     folder = tmp_path_factory.mktemp("inception")
     files = InceptionFiles(folder / "random-inception.pth", folder / "inception-2015-12-05.pt")
     torch.save(net.state_dict(), files.torch_fidelity)
-    traced = torch.jit.trace(_Archive(net).eval(), torch.zeros(2, 3, 299, 299))
+    with float32_arithmetic("fp32"):  # a trace keeps for ever whether its convolutions may use TF32
+        traced = torch.jit.trace(_Archive(net).eval(), torch.zeros(2, 3, 299, 299))
     torch.jit.save(traced, str(files.clean))
     return files
 

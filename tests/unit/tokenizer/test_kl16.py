@@ -84,7 +84,7 @@ def test_identity_is_of_the_weights_and_not_of_the_file():
 def test_bfloat16_stays_near_float32(files):
     config = load_recipe("base")
     exact = load_tokenizer(config, files / "kl16.ckpt", CPU)
-    fast = load_tokenizer(config, str(files / "kl16.ckpt"), CPU, torch.bfloat16)
+    fast = load_tokenizer(config, str(files / "kl16.ckpt"), CPU, "bf16")
     assert fast.identity == exact.identity
     latents = torch.randn(2, 16, 2, 2, generator=torch.Generator().manual_seed(0))
     expected, got = exact.decode(latents), fast.decode(latents)
