@@ -22,6 +22,9 @@ RUN_LENGTH = 64  # smaller ones share a masked call, up to this many tokens toge
 MOST_PAIRS_UNFUSED = 256 * 1024  # of a query and a key, up to which a CPU writes the scores of a head down
 
 
+Slots = tuple[Tensor, Tensor]  # places in a cache for new keys and values, (B, H, N, E) each
+
+
 class KVCache:
     """Keys and values of the entities that are final, for all layers; preallocated, rotated once.
 
@@ -70,11 +73,14 @@ class LayerCache:
     values: Tensor
     length: int
 
-    def extend(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
-        """Put (B, H, N, E) keys and values behind the committed ones; both together, (B, H, S + N, E) views."""
-        end = self.length + keys.shape[2]
-        self.keys[:, :, self.length : end] = keys
-        self.values[:, :, self.length : end] = values
+    def slots(self, tokens: int) -> Slots:
+        """Where keys and values of so many new tokens are written, behind the committed ones: (B, H, N, E) views."""
+        new = slice(self.length, self.length + tokens)
+        return self.keys[:, :, new], self.values[:, :, new]
+
+    def seen(self, tokens: int) -> tuple[Tensor, Tensor]:
+        """The committed keys and values and those of `tokens` new tokens, (B, H, S + N, E) views."""
+        end = self.length + tokens
         return self.keys[:, :, :end], self.values[:, :, :end]
 
 
@@ -229,7 +235,13 @@ class Attention(nn.Module):
         self.qkv = nn.Linear(dim, 3 * dim)
         self.proj = nn.Linear(dim, dim)
 
-    def split_heads(self, qkv: Tensor, rope: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """(B, N, 3 D) -> rotated queries, rotated keys, values, (B, H, N, E) each; `rope` (2, N, E/2)."""
+    def split_heads(self, qkv: Tensor, rope: Tensor, slots: Slots | None = None) -> tuple[Tensor, Tensor, Tensor]:
+        """(B, N, 3 D) -> rotated queries, rotated keys, values, (B, H, N, E) each; `rope` (2, N, E/2).
+
+        Keys and values are written to `slots`, where some are given: inside a compiled graph without a copy.
+        """
         q, k, v = qkv.unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
-        return rotate(q, rope), rotate(k, rope), v
+        q, k = rotate(q, rope), rotate(k, rope)
+        if slots is None:
+            return q, k, v
+        return q, slots[0].copy_(k), slots[1].copy_(v)

@@ -18,6 +18,7 @@ from xar_cli.model.attention import (
     Attention,
     KVCache,
     LayerCache,
+    Slots,
     block_causal_attention,
     teacher_forcing_attention,
 )
@@ -176,18 +177,21 @@ class Block(nn.Module):
         attend: Attend = block_causal_attention,
     ) -> Tensor:
         """The block with its modulation (B, K, 6 D) at hand: h (B, N, D) -> (B, N, D)."""
-        queries, keys, values = self.before_attention(h, modulation, rope, lengths)
+        tokens = h.shape[1]
+        slots = None if cache is None else cache.slots(tokens)
+        queries, keys, values = self.before_attention(h, modulation, rope, lengths, slots)
         if cache is not None:
-            keys, values = cache.extend(keys, values)
+            keys, values = cache.seen(tokens)
         dropout = self.attention.dropout if self.training else 0.0
         attended = attend(queries, keys, values, lengths, dropout)
         return self.after_attention(h, attended, modulation, lengths)
 
     def before_attention(
-        self, h: Tensor, modulation: Tensor, rope: Tensor, lengths: tuple[int, ...]
+        self, h: Tensor, modulation: Tensor, rope: Tensor, lengths: tuple[int, ...], slots: Slots | None = None
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Rotated queries, rotated keys and values, (B, H, N, E) each."""
-        return self.attention.split_heads(self.attention.qkv(self.attention_input(h, modulation, lengths)), rope)
+        """Rotated queries, rotated keys and values, (B, H, N, E) each; keys and values lie in `slots`, if given."""
+        qkv = self.attention.qkv(self.attention_input(h, modulation, lengths))
+        return self.attention.split_heads(qkv, rope, slots)
 
     def after_attention(self, h: Tensor, attended: Tensor, modulation: Tensor, lengths: tuple[int, ...]) -> Tensor:
         """The rest of the block; `attended` (B, H, N, E) is what attention gave."""

@@ -81,16 +81,23 @@ def test_later_tokens_do_not_reach_earlier_entities():
     assert not torch.equal(before[:, :, 64:], after[:, :, 64:])
 
 
+def extend(cache, values):
+    """Write these as new keys and values; all keys and values that there are then."""
+    for slot in cache.slots(values.shape[2]):
+        slot.copy_(values)
+    return cache.seen(values.shape[2])
+
+
 def test_cache_overwrites_until_commit_and_keeps_after():
     cache = KVCache(1, 2, 1, 6, 4, torch.device("cpu"), torch.float32)
     first, second, third = (torch.full((2, 1, 2, 4), float(value)) for value in (1, 2, 3))
-    cache.layer(0).extend(first, first)
-    keys, _ = cache.layer(0).extend(second, second)
+    extend(cache.layer(0), first)
+    keys, _ = extend(cache.layer(0), second)
     assert keys.shape[2] == 2
     assert (keys == 2).all()
     cache.commit(2)
-    keys, values = cache.layer(0).extend(third, third)
+    keys, values = extend(cache.layer(0), third)
     assert keys[0, 0, :, 0].tolist() == values[1, 0, :, 3].tolist() == [2, 2, 3, 3]
-    keys, _ = cache.rows(1).layer(0).extend(first[:1], first[:1])
+    keys, _ = extend(cache.rows(1).layer(0), first[:1])
     assert keys.shape == (1, 1, 4, 4)
     assert cache.keys[0, :, 0, 2, 0].tolist() == [1, 3]  # a view: its row was written, the other one was not

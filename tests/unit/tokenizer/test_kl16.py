@@ -9,10 +9,11 @@ import torch
 from safetensors.torch import save_file
 
 from tests.seeded import kl16_shapes, kl16_state
+from xar_cli import tokenizer as tokenizer_package
 from xar_cli.config import load_recipe
 from xar_cli.errors import UserError
 from xar_cli.tokenizer import load_tokenizer
-from xar_cli.tokenizer.kl16 import build_on_meta, from_diffusers, identity_of, load_kl16, read_kl16_state
+from xar_cli.tokenizer.kl16 import build_on_meta, from_diffusers, group_norm, identity_of, load_kl16, read_kl16_state
 
 CPU = torch.device("cpu")
 
@@ -91,6 +92,51 @@ def test_bfloat16_stays_near_float32(files):
     assert got.dtype == torch.float32
     assert got.shape == (2, 3, 32, 32)
     assert (got - expected).square().mean() < 1e-3 * expected.square().mean()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_norm_from_the_moments_of_channels(dtype):
+    norm = torch.nn.GroupNorm(32, 128, eps=1e-6)
+    torch.nn.init.normal_(norm.weight), torch.nn.init.normal_(norm.bias)
+    x = (3 * torch.randn(2, 128, 9, 7) + 20).to(dtype)
+    torch.testing.assert_close(group_norm(norm, x), norm(x.float()), rtol=1e-4, atol=1e-4)
+
+
+def test_compiled_halves_give_the_same_numbers(files, monkeypatch):
+    """Traced whole; a batch of another size is not compiled again."""
+    torch._dynamo.reset()
+    whole, traced = torch.compile, []
+
+    def compiler(graph, inputs):
+        traced.append(graph)
+        return graph.forward
+
+    monkeypatch.setattr(
+        torch, "compile", lambda f, dynamic: whole(f, dynamic=dynamic, backend=compiler, fullgraph=True)
+    )
+    exact, compiled = (load_kl16(files / "kl16.ckpt", CPU, compiled=compiled) for compiled in (False, True))
+    generator = torch.Generator().manual_seed(0)
+    images, latents = (
+        torch.rand(3, 3, 16, 16, generator=generator) * 2 - 1,
+        torch.randn(3, 16, 1, 1, generator=generator),
+    )
+    for count in (2, 2, 3, 1):
+        torch.testing.assert_close(compiled.encode(images[:count]), exact.encode(images[:count]), rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(
+            compiled.decode(latents[:count]), exact.decode(latents[:count]), rtol=1e-4, atol=1e-4
+        )
+    assert len(traced) == 2
+
+
+def test_a_long_job_on_a_gpu_is_compiled(files, monkeypatch):
+    built = []
+    monkeypatch.setattr(tokenizer_package, "load_kl16", lambda *arguments: built.append(arguments[3]))
+    config = load_recipe("base")
+    for device in ("cuda", "cpu"):
+        for images in (1_000, 50_000):
+            load_tokenizer(config, files / "kl16.ckpt", torch.device(device), "fp16", ("decode", images))
+    load_tokenizer(config, files / "kl16.ckpt", torch.device("cuda"))
+    assert built == [False, True, False, False, False]
 
 
 def test_an_oblong_image_goes_through_with_its_own_grid(files):
