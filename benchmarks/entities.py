@@ -1,8 +1,8 @@
 """The paper's Tables 3, 4 and 5 in miniature: every kind of entity, cell size and context, on handwritten digits.
 
-    python -m benchmarks.entities --out entities --device cuda --jobs 13   # minutes on a GPU with 16 CPU cores
-    python -m benchmarks.entities --out entities            # a day on two cores; goes on where it stopped
-    python -m benchmarks.entities --out entities --report   # only write docs/entities.md from what is there
+    python -m benchmarks.entities --out entities                           # a day on two cores; can be interrupted
+    python -m benchmarks.entities --out entities --device cuda --tables 4  # one table, compiled and in bf16
+    python -m benchmarks.entities --out entities --tables 4 --report       # only write what is there
 
 Every row is trained with the quickstart's network at equal compute: the floating-point operations of training are
 counted from shapes, and a row whose image costs more takes fewer steps. Entities (Table 3) and contexts (Table 5) are
@@ -10,10 +10,11 @@ compared on the digits as they are, 8 x 8, in tokens of 2 x 2 pixels: a 4 x 4 gr
 on the paper's 16 x 16 grid, so that its five sizes make its K = 256, 64, 16, 4 and 1: the digits are enlarged to
 16 x 16, each pixel four equal ones, in tokens of one pixel; what is drawn is reduced to 8 x 8 again before it is
 judged. Rows that are the same network are trained once. Each run is judged at several guidance scales by the `digits`
-protocol.
+protocol. Seeds are made one after the other, so that a study that is interrupted has whole ones.
 
-The tables go between two marks in docs/entities.md; what is written around them is left alone. Of `--out` they need
-`results/` and `samples/` alone.
+Every table goes between two marks of its own in docs/entities.md, with what made it and a picture; what is written
+around them, and tables that were not asked for or have no results, are left alone. Of `--out` they need `results/` and
+`samples/` alone.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from __future__ import annotations
 import argparse
 import json
 import multiprocessing
+import os
 import shutil
 import statistics
 from collections.abc import Callable, Iterable
@@ -37,7 +39,6 @@ from xar_cli.cache.stage import cache_latents
 from xar_cli.config import Config, load_recipe
 from xar_cli.config.recipes import override
 from xar_cli.data.digits import write_digits
-from xar_cli.evaluate import evaluate
 from xar_cli.logs import log, setup_logs
 from xar_cli.model import XAR, build_grouping
 from xar_cli.run_dir import write_json
@@ -48,11 +49,14 @@ from xar_cli.train.cost import training_flops
 from xar_cli.train.loop import TrainSettings, train
 
 REPORT = Path(__file__).resolve().parent.parent / "docs" / "entities.md"
-PICTURE = Path("images") / "entities.png"  # beside the report
-MARKS = ("<!-- made by benchmarks/entities.py -->", "<!-- end -->")
+PICTURE = "images/entities-table-{}.png"  # beside the report
+MARKS = ("<!-- table {}: made by benchmarks/entities.py -->", "<!-- end of table {} -->")
 TRAINING = ("train.checkpoint_every=500", "train.keep_last=1", "train.log_every=100")
 SAMPLING = ("sample.solver=multistep", "sample.num_steps=10")
 GUIDANCE = (1.0, 1.5, 2.0, 3.0)
+JOBS = {"cpu": 2, "cuda": 6}  # networks at a time, by device
+PRECISION = {"cpu": "fp32", "cuda": "bf16"}
+COMPILE_THREADS = 2  # of each network: all of them compile at the same time, on the same cores
 DIGIT_SIDE = 8  # pixels of a scan, and of what the protocol judges
 PICTURED_SEED, PICTURED = 0, 2  # whose samples are kept, and how many of each class
 
@@ -97,6 +101,13 @@ class Row(NamedTuple):
     study: Study
 
 
+class Table(NamedTuple):
+    """One table of the paper."""
+
+    title: str
+    rows: tuple[Row, ...]
+
+
 def cell(size: int) -> str:
     """The entity of square cells."""
     return f"{{kind: cell, size: {size}}}"
@@ -106,24 +117,35 @@ SMALL, LARGE = Grid(side=8, patch=2), Grid(side=16, patch=1)
 YARDSTICKS = {SMALL: Study(SMALL, cell(2)), LARGE: Study(LARGE, cell(8))}  # K = 4, the paper's choice
 EPOCHS = {SMALL: 60.0, LARGE: 120.0}  # of the yardstick
 TABLES = {
-    "Table 3: what X is": (
-        Row("entity-token", "token", Study(SMALL, "{kind: token}")),
-        Row("entity-subsample", "subsample, stride 2", Study(SMALL, "{kind: subsample, stride: 2}")),
-        Row("entity-image", "image", Study(SMALL, "{kind: image}")),
-        Row("entity-scale", "scale, 1 2 4", Study(SMALL, "{kind: scale, sizes: [1, 2, 4]}")),
-        Row("entity-cell", "cell, 2 x 2", Study(SMALL, cell(2))),
+    3: Table(
+        "what X is",
+        (
+            Row("entity-token", "token", Study(SMALL, "{kind: token}")),
+            Row("entity-subsample", "subsample, stride 2", Study(SMALL, "{kind: subsample, stride: 2}")),
+            Row("entity-image", "image", Study(SMALL, "{kind: image}")),
+            Row("entity-scale", "scale, 1 2 4", Study(SMALL, "{kind: scale, sizes: [1, 2, 4]}")),
+            Row("entity-cell", "cell, 2 x 2", Study(SMALL, cell(2))),
+        ),
     ),
-    "Table 4: size of the cell": tuple(
-        Row(f"cell-{size}", f"{size} x {size}", Study(LARGE, cell(size))) for size in (1, 2, 4, 8, 16)
+    4: Table(
+        "size of the cell",
+        tuple(Row(f"cell-{size}", f"{size} x {size}", Study(LARGE, cell(size))) for size in (1, 2, 4, 8, 16)),
     ),
-    "Table 5: context while training": (
-        Row("context-clean", "clean", Study(SMALL, cell(2), "clean")),
-        Row("context-increasing", "increasing", Study(SMALL, cell(2), "increasing")),
-        Row("context-decreasing", "decreasing", Study(SMALL, cell(2), "decreasing")),
-        Row("context-random", "random", Study(SMALL, cell(2))),
+    5: Table(
+        "context while training",
+        (
+            Row("context-clean", "clean", Study(SMALL, cell(2), "clean")),
+            Row("context-increasing", "increasing", Study(SMALL, cell(2), "increasing")),
+            Row("context-decreasing", "decreasing", Study(SMALL, cell(2), "decreasing")),
+            Row("context-random", "random", Study(SMALL, cell(2))),
+        ),
     ),
 }
-STUDIES = tuple(dict.fromkeys(row.study for rows in TABLES.values() for row in rows))
+
+
+def studies_of(numbers: Iterable[int]) -> tuple[Study, ...]:
+    """The networks of some tables, each once."""
+    return tuple(dict.fromkeys(row.study for number in numbers for row in TABLES[number].rows))
 
 
 class Setup(NamedTuple):
@@ -133,9 +155,11 @@ class Setup(NamedTuple):
     precision: str = "fp32"
     images: int = 1000
     device: str = "cpu"
+    compiled: bool = False  # training; sampling follows the recipe
+    guidance: tuple[float, ...] = GUIDANCE
 
     def asked(self, study: Study) -> dict[str, Any]:
-        """What a result must have been made with to count as this setup's; the device may be another."""
+        """What a result must have been made with to count as this setup's; device and compiler may be others."""
         return {"epochs": self.epochs[study.grid], "precision": self.precision, "images": self.images}
 
 
@@ -147,7 +171,7 @@ def recipe_of(study: Study, seed: int = 0, setup: Setup = DEFAULTS) -> Config:
     grid, yardstick = study.grid, YARDSTICKS[study.grid]
     base = [
         f"data.image_size={grid.side}", f"tokenizer.patch={grid.patch}", f"train.seed={seed}",
-        f"train.precision={setup.precision}", *TRAINING, *SAMPLING,
+        f"train.precision={setup.precision}", f"train.compile={str(setup.compiled).lower()}", *TRAINING, *SAMPLING,
     ]  # fmt: skip
     if setup.device != "cpu":  # a small network waits for its launches: the fewer batches the better
         base.append(f"sample.batch_size={setup.images}")
@@ -211,6 +235,8 @@ def samples_of(out: Path, study: Study, seed: int, scale: float) -> Path:
 def run(out: Path, study: Study, seed: int, setup: Setup) -> Path:
     """Train one network and judge it; goes on from its checkpoint where it was stopped."""
     torch.set_num_threads(1)
+    if setup.compiled:
+        torch.compiler.reset()  # the graphs of the network before, of another shape, count against torch's limit
     config, folder = recipe_of(study, seed, setup), out / "runs" / f"{study.slug}-seed{seed}"
     path, asked = result_of(out, study, seed), setup.asked(study)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -222,11 +248,12 @@ def run(out: Path, study: Study, seed: int, setup: Setup) -> Path:
         "seconds": trained_before + done["seconds"],  # of a finished run that is judged again: nearly none
         "device": torch.cuda.get_device_name(setup.device) if setup.device != "cpu" else "CPU",
         "torch": torch.__version__,
+        "compiled": setup.compiled,
         "asked": asked,
         "guidance": read_result(path, asked).get("guidance", {}),
     }
     write_json(path, result)
-    for scale in GUIDANCE:
+    for scale in setup.guidance:
         if f"{scale:g}" in result["guidance"]:
             continue
         samples = samples_of(out, study, seed, scale)
@@ -269,29 +296,49 @@ def read_result(path: Path, asked: dict[str, Any] | None = None) -> dict[str, An
     return result if asked in (None, result["asked"]) else {}
 
 
-def is_complete(result: dict[str, Any]) -> bool:
-    """Whether a run was judged at every guidance scale."""
-    return all(f"{scale:g}" in result.get("guidance", {}) for scale in GUIDANCE)
+def is_complete(result: dict[str, Any], guidance: tuple[float, ...] = GUIDANCE) -> bool:
+    """Whether a run was judged at all these guidance scales."""
+    return all(f"{scale:g}" in result.get("guidance", {}) for scale in guidance)
 
 
-def in_order(seeds: int) -> list[tuple[Study, int]]:
-    """All runs, the longest first, so that no process is left alone with one at the end."""
+def in_order(studies: Iterable[Study], seeds: int) -> list[tuple[Study, int]]:
+    """All runs: seed by seed, of one seed the longest first, so that no process is left alone with one at the end."""
 
     def entities(study: Study) -> int:
         config = recipe_of(study)
         return int(build_grouping(config.entity, config.grid).num_entities)
 
-    studies = sorted(STUDIES, key=lambda study: (-study.grid.side, -entities(study)))
-    return [(study, seed) for study in studies for seed in range(seeds)]
+    ordered = sorted(studies, key=lambda study: (-study.grid.side, -entities(study)))
+    return [(study, seed) for seed in range(seeds) for study in ordered]
 
 
-def prepare(out: Path, device: str) -> None:
+def prepare(out: Path, grids: Iterable[Grid], device: str) -> None:
     """The digits, and a latent cache of them for each grid."""
     images, _ = write_digits(out / "digits")
-    for grid, yardstick in YARDSTICKS.items():
+    for grid in grids:
         if not cache_of(out, grid).exists():
             enlarged = resized(images, images.with_name(f"train-{grid.side}px"), enlarge, grid.enlarged)
-            cache_latents(enlarged, cache_of(out, grid), recipe_of(yardstick), device=device, flip="none")
+            cache_latents(enlarged, cache_of(out, grid), recipe_of(YARDSTICKS[grid]), device=device, flip="none")
+
+
+def run_all(out: Path, studies: Iterable[Study], seeds: int, setup: Setup, jobs: int) -> None:
+    """Make what is missing, some networks at a time, each in a process with one CPU thread."""
+    todo = [
+        (study, seed)
+        for study, seed in in_order(studies, seeds)
+        if not is_complete(read_result(result_of(out, study, seed), setup.asked(study)), setup.guidance)
+    ]
+    prepare(out, dict.fromkeys(study.grid for study, _ in todo), setup.device)
+    if setup.compiled:
+        os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", str(COMPILE_THREADS))
+    with ProcessPoolExecutor(jobs, multiprocessing.get_context("spawn")) as pool:
+        waiting = [pool.submit(run, out, study, seed, setup) for study, seed in todo]
+        for number, future in enumerate(as_completed(waiting), start=1):
+            fault = future.exception()
+            log.info("%d of %d: %s", number, len(todo), fault or future.result().stem, exc_info=fault)
+    faults = [future.exception() for future in waiting if future.exception()]
+    if faults:
+        raise SystemExit(f"{len(faults)} of {len(todo)} runs failed; the same command tries them again.")
 
 
 class Found(NamedTuple):
@@ -304,42 +351,40 @@ class Found(NamedTuple):
     results: dict[int, dict[str, Any]]
 
 
-def results_of(out: Path, study: Study) -> dict[int, dict[str, Any]]:
-    """The complete results of a study, by seed."""
+def results_of(out: Path, study: Study, guidance: tuple[float, ...] = GUIDANCE) -> dict[int, dict[str, Any]]:
+    """The results of a study that are complete for these guidance scales, by seed."""
     paths = sorted((out / "results").glob(f"{study.slug}-seed*.json"))
     results = {int(path.stem.rpartition("seed")[2]): read_result(path) for path in paths}
-    return {seed: result for seed, result in results.items() if is_complete(result)}
+    return {seed: result for seed, result in results.items() if is_complete(result, guidance)}
 
 
-def found_of(out: Path, study: Study) -> Found | None:
+def found_of(out: Path, study: Study, guidance: tuple[float, ...] = GUIDANCE) -> Found | None:
     """What the results of all seeds so far say."""
-    results = results_of(out, study)
+    results = results_of(out, study, guidance)
     if not results:
         return None
 
     def at(scale: float, place: int) -> list[float]:
-        return [result["guidance"][f"{scale:g}"][place] for result in results.values()]
+        judged = [result["guidance"].get(f"{scale:g}") for result in results.values()]
+        return [numbers[place] for numbers in judged if numbers]
 
-    best = min(GUIDANCE, key=lambda scale: statistics.mean(at(scale, 0)))
+    best = min(guidance, key=lambda scale: statistics.mean(at(scale, 0)))
     return Found(best, at(best, 0), at(best, 1), at(1.0, 0), results)
 
 
 def spread(values: list[float], digits: int = 2) -> str:
-    """Mean and half the range; of one seed, its number alone."""
+    """Mean and half the range; of one seed, its number alone; of none, a dash."""
+    if not values:
+        return "–"
     mean = f"{statistics.mean(values):.{digits}f}"
     return mean if len(values) == 1 else f"{mean} ± {(max(values) - min(values)) / 2:.{digits}f}"
 
 
-def table(out: Path, title: str, rows: tuple[Row, ...]) -> str:
-    """One table in Markdown."""
-    lines = [
-        f"### {title}\n",
-        "| here | paper | K | steps | Fréchet distance | at guidance | unguided | class accuracy | seeds "
-        "| evaluations, GFLOP an image | paper's FID |",
-        "|---|---|---|---|---|---|---|---|---|---|---|",
-    ]
-    for row in rows:
-        found = found_of(out, row.study)
+def table(out: Path, number: int, guidance: tuple[float, ...] = GUIDANCE) -> str:
+    """One table in Markdown; empty without a result."""
+    lines = []
+    for row in TABLES[number].rows:
+        found = found_of(out, row.study, guidance)
         if found is None:
             continue
         config = override(recipe_of(row.study), [f"sample.guidance_scale={found.scale}"])
@@ -352,111 +397,128 @@ def table(out: Path, title: str, rows: tuple[Row, ...]) -> str:
             f"| {spread(found.accuracies, 3)} | {len(found.results)} "
             f"| {plan.evaluations().total}, {flops_per_image(config, plan) / 1e9:.2f} | {published.fid} |"
         )
-    return "\n".join(lines)
+    if not lines:
+        return ""
+    head = [
+        f"### Table {number}: {TABLES[number].title}\n",
+        "| here | paper | K | steps | Fréchet distance | at guidance | unguided | class accuracy | seeds "
+        "| evaluations, GFLOP an image | paper's FID |",
+        "|---|---|---|---|---|---|---|---|---|---|---|",
+    ]
+    return "\n".join(head + lines)
 
 
-def circumstances(out: Path) -> str:
-    """What the runs were made with and how long training took."""
-    made = [(study.grid, result) for study in STUDIES for result in results_of(out, study).values()]
-    if not made:
-        return "Nothing is measured yet."
+def circumstances(out: Path, number: int, guidance: tuple[float, ...] = GUIDANCE) -> str:
+    """What the networks of a table were made with and how long training took."""
+    studies = studies_of([number])
+    made = [(study.grid, result) for study in studies for result in results_of(out, study, guidance).values()]
     results = [result for _, result in made]
 
     def every(values: Iterable[str]) -> str:
         return ", ".join(dict.fromkeys(values))
 
+    def arithmetic(result: dict[str, Any]) -> str:
+        return str(result["asked"]["precision"]) + (" compiled" if result["compiled"] else "")
+
     epochs = every(f"{result['asked']['epochs']:g} for {grid.text}" for grid, result in made)
     seconds = [result["seconds"] for result in results]
     return (
         f"{len(results)} networks. Device: {every(result['device'] for result in results)}; torch "
-        f"{every(result['torch'] for result in results)}; {every(result['asked']['precision'] for result in results)}. "
-        f"Epochs of the K = 4 cell: {epochs}. Images at each guidance scale: "
-        f"{every(str(result['asked']['images']) for result in results)}. Training took {min(seconds):.0f} to "
+        f"{every(result['torch'] for result in results)}; trained in {every(map(arithmetic, results))}. "
+        f"Epochs of the K = 4 cell: {epochs}. Guidance scales: {', '.join(f'{scale:g}' for scale in guidance)}; images "
+        f"at each: {every(str(result['asked']['images']) for result in results)}. Training took {min(seconds):.0f} to "
         f"{max(seconds):.0f} seconds a network while others shared the device, {sum(seconds) / 60:.0f} minutes if they "
         "are added up."
     )
 
 
-def yardsticks(out: Path) -> str:
-    """What the distance is for real held-out digits."""
-    train_images, heldout = write_digits(out / "digits")
-    found = evaluate(heldout, train_images, "digits")
-    return (
-        f"The {found.samples.count} real held-out digits have a Fréchet distance of {found.frechet_distance:.2f} to "
-        "the same reference; so few images raise it a little, beside those of the table."
-    )
-
-
-def save_picture(out: Path, path: Path) -> list[Study]:
-    """A row of digits for each study, from one seed at the best guidance scale of all; the studies that are there."""
-    images, studies = [], []
-    for study in STUDIES:
-        found = found_of(out, study)
+def save_picture(out: Path, number: int, path: Path, guidance: tuple[float, ...] = GUIDANCE) -> list[Row]:
+    """Digits for each row of a table, from one seed at the best guidance scale of all; the rows that are there."""
+    images, rows = [], []
+    for row in TABLES[number].rows:
+        found = found_of(out, row.study, guidance)
         if found is None or PICTURED_SEED not in found.results:
             continue
-        for file in pictured(samples_of(out, study, PICTURED_SEED, found.scale)):
+        for file in pictured(samples_of(out, row.study, PICTURED_SEED, found.scale)):
             with Image.open(file) as image:
                 images.append(image.resize((32, 32), Image.Resampling.BICUBIC))
-        studies.append(study)
+        rows.append(row)
     if images:
         path.parent.mkdir(parents=True, exist_ok=True)
         picture = grid_image(images, 10 * PICTURED, gap=1)
         size = (picture.width // 2, picture.height // 2)
         picture.resize(size, Image.Resampling.LANCZOS).quantize(64).save(path)
-    return studies
+    return rows
 
 
-def write_report(out: Path) -> None:
-    """Put the tables between the marks of docs/entities.md."""
+def section(out: Path, number: int, guidance: tuple[float, ...] = GUIDANCE) -> list[str]:
+    """The paragraphs of a table: itself, what made it, its picture; none without a result."""
+    rows = table(out, number, guidance)
+    if not rows:
+        return []
+    picture = PICTURE.format(number)
+    shown = save_picture(out, number, REPORT.parent / picture, guidance)
+    caption = [
+        f"![Generated digits of Table {number}, a row for each network]({picture})",
+        f"*From top to bottom: {'; '.join(row.label for row in shown)}.*",
+    ]
+    return [rows, circumstances(out, number, guidance), *(caption if shown else [])]
+
+
+def write_report(out: Path, numbers: Iterable[int] = tuple(TABLES), guidance: tuple[float, ...] = GUIDANCE) -> None:
+    """Put tables between their marks in docs/entities.md; one without results stays as it is."""
     text = REPORT.read_text(encoding="utf-8")
-    if any(text.count(mark) != 1 for mark in MARKS):
-        raise SystemExit(f"{REPORT} must hold {' and '.join(MARKS)} once each, around the place of the tables.")
-    before, _, rest = text.partition(MARKS[0])
-    _, _, after = rest.partition(MARKS[1])
-    rows = "; ".join(
-        f"{study.entity.strip('{}')}, {study.context}, {study.grid.text}"
-        for study in save_picture(out, REPORT.parent / PICTURE)
-    )
-    parts = [
-        MARKS[0], *(table(out, title, rows) for title, rows in TABLES.items()), circumstances(out), yardsticks(out),
-        f"![Generated digits, a row for each network]({PICTURE.as_posix()})", f"*From top to bottom: {rows}.*",
-        MARKS[1],
-    ]  # fmt: skip
-    REPORT.write_text(before + "\n\n".join(parts) + after, encoding="utf-8")
+    for number in numbers:
+        begin, end = (mark.format(number) for mark in MARKS)
+        if text.count(begin) != 1 or text.count(end) != 1:
+            raise SystemExit(f"{REPORT} must hold {begin} and {end} once each, around the place of the table.")
+        paragraphs = section(out, number, guidance)
+        if not paragraphs:
+            log.info("Table %d has no results and stays as it is.", number)
+            continue
+        before, _, rest = text.partition(begin)
+        _, _, after = rest.partition(end)
+        text = before + "\n\n".join([begin, *paragraphs, end]) + after
+    REPORT.write_text(text, encoding="utf-8")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("entities"))
+    parser.add_argument(
+        "--tables", type=int, nargs="+", choices=tuple(TABLES), default=list(TABLES),
+        help="which are made and reported (default: all)",
+    )  # fmt: skip
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--count", type=int, default=1000, help="images drawn at each guidance scale")
+    parser.add_argument(
+        "--guidance", type=float, nargs="+", default=list(GUIDANCE), metavar="SCALE",
+        help="scales that every network is judged at; the best one counts (default: 1 1.5 2 3)",
+    )  # fmt: skip
     parser.add_argument(
         "--epochs", type=float, nargs=len(EPOCHS), default=list(EPOCHS.values()), metavar=("4x4", "16x16"),
         help="epochs of the K = 4 cell on each grid of tokens; the other rows follow by compute (default: 60 120)",
     )  # fmt: skip
-    parser.add_argument("--precision", choices=("fp32", "tf32"), default="fp32", help="arithmetic of all networks")
-    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
-    parser.add_argument("--jobs", type=int, default=2, help="networks trained at a time, one CPU thread each")
+    parser.add_argument(
+        "--precision", choices=("fp32", "tf32", "bf16"), help="arithmetic of all networks (default: fp32; cuda: bf16)"
+    )
+    parser.add_argument("--device", choices=tuple(JOBS), default="cpu", help="on cuda, training is compiled")
+    parser.add_argument("--jobs", type=int, help="networks at a time, one CPU thread each (default: 2; cuda: 6)")
     parser.add_argument("--report", action="store_true", help="only write the report")
     options = parser.parse_args()
     setup_logs()
+    device, guidance = options.device, tuple(options.guidance)
     if not options.report:
-        setup = Setup(dict(zip(EPOCHS, options.epochs, strict=True)), options.precision, options.count, options.device)
-        prepare(options.out, options.device)
-        todo = [
-            (study, seed)
-            for study, seed in in_order(options.seeds)
-            if not is_complete(read_result(result_of(options.out, study, seed), setup.asked(study)))
-        ]
-        with ProcessPoolExecutor(options.jobs, multiprocessing.get_context("spawn")) as pool:
-            waiting = [pool.submit(run, options.out, study, seed, setup) for study, seed in todo]
-            for number, future in enumerate(as_completed(waiting), start=1):
-                fault = future.exception()
-                log.info("%d of %d: %s", number, len(todo), fault or future.result().stem, exc_info=fault)
-        faults = [future.exception() for future in waiting if future.exception()]
-        if faults:
-            raise SystemExit(f"{len(faults)} of {len(todo)} runs failed; the same command tries them again.")
-    write_report(options.out)
+        setup = Setup(
+            epochs=dict(zip(EPOCHS, options.epochs, strict=True)),
+            precision=options.precision or PRECISION[device],
+            images=options.count,
+            device=device,
+            compiled=device == "cuda",
+            guidance=guidance,
+        )
+        run_all(options.out, studies_of(options.tables), options.seeds, setup, options.jobs or JOBS[device])
+    write_report(options.out, options.tables, guidance)
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -34,14 +35,14 @@ def test_a_pixel_becomes_a_square_and_a_square_its_mean():
 
 
 def test_cells_of_table_4_are_the_papers():
-    rows = entities.TABLES["Table 4: size of the cell"]
+    rows = entities.TABLES[4].rows
     assert [num_entities(row.study) for row in rows] == [256, 64, 16, 4, 1]
     for row in rows:
         paper, here = load_recipe(f"ablations/{row.recipe}"), entities.recipe_of(row.study)
         assert (here.entity, here.grid) == (paper.entity, paper.grid)
 
 
-@pytest.mark.parametrize("study", entities.STUDIES, ids=lambda study: study.slug)
+@pytest.mark.parametrize("study", entities.studies_of(entities.TABLES), ids=lambda study: study.slug)
 def test_all_rows_of_a_grid_cost_the_same_training(study):
     def cost(study: entities.Study) -> float:
         config = entities.recipe_of(study)
@@ -50,11 +51,17 @@ def test_all_rows_of_a_grid_cost_the_same_training(study):
     assert cost(study) == pytest.approx(cost(entities.YARDSTICKS[study.grid]), rel=0.003)  # of a whole step
 
 
-def test_the_longest_runs_start_first_and_each_has_its_own_files(tmp_path):
-    runs = entities.in_order(3)
+def test_seeds_come_one_after_the_other_and_of_each_the_longest_runs_first(tmp_path):
+    runs = entities.in_order(entities.studies_of(entities.TABLES), 3)
     assert len(set(runs)) == len(runs) == 3 * 13
-    assert [num_entities(study) for study, _ in runs[:6]] == [256] * 3 + [64] * 3
+    assert [seed for _, seed in runs] == [0] * 13 + [1] * 13 + [2] * 13
+    assert [num_entities(study) for study, _ in runs[:6]] == [256, 64, 16, 4, 1, 16]
     assert len({entities.result_of(tmp_path, *run) for run in runs}) == len(runs)
+
+
+def test_a_table_brings_its_own_networks_alone():
+    assert entities.studies_of([4]) == tuple(row.study for row in entities.TABLES[4].rows)
+    assert len(entities.studies_of([3, 5])) == 5 + 4 - 1  # the cell with random context stands in both
 
 
 def test_resized_images_keep_names_and_manifest(tmp_path):
@@ -84,3 +91,101 @@ def test_only_what_the_picture_shows_is_kept(tmp_path):
     assert set(samples.glob("*.png")) == set(entities.pictured(samples))
     entities.keep_pictured(samples, seed=1)
     assert not samples.exists()
+
+
+def write_toy_results(out: Path, study: entities.Study, guidance: dict[str, list[float]], seed: int = 0) -> None:
+    """The result of a run that was never made, and black images for its picture."""
+    result = {
+        "steps": 7, "loss": 1.0, "seconds": 60.0, "device": "A GPU", "torch": "2.9", "compiled": True,
+        "asked": {"epochs": 3.0, "precision": "bf16", "images": 20}, "guidance": guidance,
+    }  # fmt: skip
+    path = entities.result_of(out, study, seed)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(result))
+    for scale in guidance:
+        samples = entities.samples_of(out, study, seed, float(scale))
+        samples.mkdir(parents=True)
+        (samples / MANIFEST).write_text(json.dumps({"labels": list(range(10)) * 2}))
+        for place in range(20):
+            Image.new("L", (8, 8)).save(entities.image_path(samples, place))
+
+
+@pytest.fixture
+def report(tmp_path, monkeypatch):
+    """A copy of docs/entities.md that reports are written to."""
+    path = tmp_path / "docs" / "entities.md"
+    path.parent.mkdir()
+    path.write_text(entities.REPORT.read_text(encoding="utf-8"), encoding="utf-8")
+    monkeypatch.setattr(entities, "REPORT", path)
+    return path
+
+
+def test_only_chosen_tables_with_results_are_rewritten(tmp_path, report):
+    before, out = report.read_text(encoding="utf-8"), tmp_path / "out"
+    for size in (4, 16):
+        write_toy_results(out, entities.Study(entities.LARGE, entities.cell(size)), {"1": [5.0, 0.5], "2": [4.0, 0.75]})
+    write_toy_results(out, entities.Study(entities.SMALL, entities.cell(2)), {"1": [9.0, 0.1], "2": [9.0, 0.1]})
+
+    entities.write_report(out, [3, 4, 5])  # nothing is judged at all four scales
+    assert report.read_text(encoding="utf-8") == before
+
+    entities.write_report(out, [4], (1.0, 2.0))
+    begin, end = (mark.format(4) for mark in entities.MARKS)
+    after = report.read_text(encoding="utf-8")
+    assert after.partition(begin)[0] == before.partition(begin)[0]
+    assert after.partition(end)[2] == before.partition(end)[2]
+    made = after.partition(begin)[2].partition(end)[0]
+    assert "| 4 x 4 | 4 x 4 | 16 | 7 | 4.00 | 2 | 5.00 | 0.750 | 1 |" in made
+    assert made.count("\n| ") == 1 + 2
+    assert "2 networks. Device: A GPU; torch 2.9; trained in bf16 compiled." in made
+    assert "3 for 16 x 16 tokens. Guidance scales: 1, 2; images at each: 20." in made
+    assert "*From top to bottom: 4 x 4; 16 x 16.*" in made
+    with Image.open(report.parent / "images" / "entities-table-4.png") as picture:
+        assert picture.width > picture.height
+    assert len(list((report.parent / "images").iterdir())) == 1
+
+    entities.write_report(out, [4], (1.0, 2.0))  # once more finds its marks and changes nothing
+    assert report.read_text(encoding="utf-8") == after
+
+
+def test_fewer_guidance_scales_complete_a_run_for_those_alone():
+    result = {"guidance": {"1": [5.0, 0.5], "2.5": [4.0, 0.75]}}
+    assert entities.is_complete(result, (1.0, 2.5))
+    assert not entities.is_complete(result, (1.0, 3.0))
+    assert not entities.is_complete(result)
+
+
+def test_without_the_unguided_scale_its_column_is_a_dash(tmp_path, report):
+    write_toy_results(tmp_path, entities.Study(entities.LARGE, entities.cell(4)), {"2": [4.0, 0.75]})
+    entities.write_report(tmp_path, [4], (2.0,))
+    assert "| 4.00 | 2 | – | 0.750 | 1 |" in report.read_text(encoding="utf-8")
+
+
+def test_arithmetic_and_compiling_reach_the_recipe_of_a_run():
+    study = entities.TABLES[4].rows[0].study
+    train = entities.recipe_of(study, 2, entities.Setup(entities.EPOCHS, precision="bf16", compiled=True)).train
+    assert (train.precision, train.compile, train.seed) == ("bf16", True, 2)
+    train = entities.recipe_of(study).train
+    assert (train.precision, train.compile) == ("fp32", False)
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        ([], ("fp32", "cpu", False, 2, 13)),
+        (["--device", "cuda", "--tables", "4"], ("bf16", "cuda", True, 6, 5)),
+        (
+            ["--device", "cuda", "--precision", "tf32", "--jobs", "3", "--tables", "3", "5"],
+            ("tf32", "cuda", True, 3, 8),
+        ),
+    ],
+)
+def test_defaults_follow_the_device(options, expected, monkeypatch):
+    calls = []
+    monkeypatch.setattr(entities, "run_all", lambda *arguments: calls.append(arguments))
+    monkeypatch.setattr(entities, "write_report", lambda *arguments: None)
+    monkeypatch.setattr("sys.argv", ["entities", *options])
+    entities.main()
+    ((_, studies, seeds, setup, jobs),) = calls
+    assert (setup.precision, setup.device, setup.compiled, jobs, len(studies)) == expected
+    assert (seeds, setup.guidance) == (3, entities.GUIDANCE)
