@@ -174,7 +174,7 @@ def recipe_of(study: Study, seed: int = 0, setup: Setup = DEFAULTS) -> Config:
         f"train.precision={setup.precision}", f"train.compile={str(setup.compiled).lower()}", *TRAINING, *SAMPLING,
     ]  # fmt: skip
     if setup.device != "cpu":  # a small network waits for its launches: the fewer batches the better
-        base.append(f"sample.batch_size={setup.images}")
+        base += [f"sample.batch_size={setup.images}", "sample.compile=false"]  # 512 CUDA graphs for 10 uses: too many
 
     def build(study: Study, epochs: float) -> Config:
         changes = [f"entity={study.entity}", f"train.context={study.context}", f"train.epochs={epochs}"]

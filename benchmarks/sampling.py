@@ -41,7 +41,7 @@ from xar_cli.sample.network import SamplingNetwork, prepare_network
 from xar_cli.sample.plan import SamplingPlan, flops_per_image
 from xar_cli.sample.sampler import sample_latents
 from xar_cli.tokenizer.codec import Codec, to_uint8
-from xar_cli.tokenizer.kl16 import KL16, build_on_meta
+from xar_cli.tokenizer.kl16 import DTYPES, KL16, build_on_meta
 from xar_cli.weights import from_published
 
 BATCH = {"cpu": 4, "cuda": 128}
@@ -122,8 +122,10 @@ class Job:
         self.plain_decoder: Any = None
         self.drawn = torch.empty(0)  # our latents, once they have been looked at
         if options.decoder:  # ours as `load_tokenizer` prepares it
-            dtype = torch.bfloat16 if options.precision == "bf16" else torch.float32
-            tokenizer = KL16(build(dtype, channels_last=True, device=device), "kl16:seeded")
+            on_gpu = device.type == "cuda"
+            precision = "fp32" if options.precision == "fp32" else "fp16" if on_gpu else "bf16"
+            network = build(DTYPES[precision], channels_last=True, device=device)
+            tokenizer = KL16(network, "kl16:seeded", precision, compiled=on_gpu)
             self.codec = Codec(tokenizer, config.tokenizer.latent_scale)
             if not options.no_plain:
                 self.plain_decoder = build(torch.float32, channels_last=False, device=device)
