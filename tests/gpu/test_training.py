@@ -19,6 +19,7 @@ from tests.unit.train.test_no_waiting import RECIPES, steps
 from xar_cli.distributed import Ranks
 from xar_cli.flow import interpolant
 from xar_cli.logs import read_metrics
+from xar_cli.model.dropout import dropout
 from xar_cli.model.transformer import init_weights
 from xar_cli.run_dir import RunDir
 from xar_cli.train.draws import StepDraws, draw_step
@@ -91,11 +92,33 @@ def test_every_precision_trains_alike(precision, data, tmp_path):
     assert all(record["memory_bytes"] > 0 for record in records if "loss" in record)
 
 
-def test_compiled_blocks_train_alike(data, tmp_path):
-    eager = train_on_gpu(data, tmp_path / "eager", *PLAIN, "train.precision=fp32")
-    compiled = train_on_gpu(data, tmp_path / "compiled", *PLAIN, "train.precision=fp32", "train.compile=true")
+@pytest.mark.parametrize(("probability", "tolerance"), [(0, 1e-3), (0.1, 0.1)])
+def test_compiled_blocks_train_alike(probability, tolerance, data, tmp_path):
+    """With dropout, eager and compiled code draw other masks."""
+    recipe = (*PLAIN, "train.precision=fp32", f"model.dropout={probability}")
+    eager = train_on_gpu(data, tmp_path / "eager", *recipe)
+    compiled = train_on_gpu(data, tmp_path / "compiled", *recipe, "train.compile=true")
     for step, loss in eager.items():
-        assert compiled[step] == pytest.approx(loss, rel=1e-3)
+        assert compiled[step] == pytest.approx(loss, rel=tolerance)
+
+
+def test_compiled_dropout():
+    """What it lets through is what it lets back; drawn from torch's generator."""
+    compiled = torch.compile(lambda x: dropout(x, 0.1))
+
+    def drawn(seed):
+        torch.manual_seed(seed)
+        x = torch.ones(1 << 20, device=CUDA, requires_grad=True)
+        y = compiled(x)
+        y.sum().backward()
+        assert torch.equal(x.grad, y.detach())
+        return y.detach()
+
+    first = drawn(1)
+    assert (first != 0).float().mean().item() == pytest.approx(0.9, abs=2e-3)
+    assert first.mean().item() == pytest.approx(1, abs=2e-3)
+    assert torch.equal(first, drawn(1))
+    assert not torch.equal(first, drawn(2))
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
