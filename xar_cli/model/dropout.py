@@ -1,9 +1,8 @@
-"""Dropout, with masks that are computed: from a seed and the place of a value, wherever they are needed.
+"""Dropout, with masks that are computed on a CPU: from a seed and the place of a value, wherever they are needed.
 
-On a CPU torch draws number after number from one generator, which takes almost half as long as the matrix products. On
-a GPU a compiled kernel draws on the way, by ten rounds of Philox for each number, which costs more than the kernel's
-reading and writing. A mask that is a short function of seed and place costs next to nothing inside a compiled kernel,
-and the backward pass may compute it again instead of keeping it.
+Torch's fused kernels draw masks inside the kernel, which is best on a GPU. On a CPU torch draws number after number
+from one generator, which takes almost half as long as the matrix products. A mask that is a function of seed and place
+costs next to nothing inside a compiled kernel, and the backward pass may compute it again instead of keeping it.
 """
 
 from __future__ import annotations
@@ -16,23 +15,23 @@ from torch import Tensor
 def dropout(x: Tensor, probability: float, training: bool = True) -> Tensor:
     """Zero each value of x with a probability in [0, 1), and scale the others to keep the mean; x if not training.
 
-    Drawn from torch's global generator. x has at most 2^31 values.
+    Drawn from torch's global generator. On a CPU, x has at most 2^31 values.
     """
     if not training or probability == 0:
         return x
-    if x.device.type != "cpu" and not torch.compiler.is_compiling():
-        return F.dropout(x, probability)  # one kernel, where this would be many
-    return torch.where(keep_mask(x.shape, probability, x.device), x * (1 / (1 - probability)), 0)
+    if x.device.type != "cpu":
+        return F.dropout(x, probability)
+    return torch.where(keep_mask(x.shape, probability), x * (1 / (1 - probability)), 0)
 
 
-def keep_mask(shape: torch.Size, probability: float, device: torch.device | None = None) -> Tensor:
-    """A bool mask of this shape: False with a probability in [0, 1), each place for itself.
+def keep_mask(shape: torch.Size, probability: float) -> Tensor:
+    """A bool mask of this shape, on the CPU: False with a probability in [0, 1), each place for itself.
 
     A place's number is scrambled by multiplications and shifts (as the finalizer of MurmurHash3 does, with constants of
     less bias), seeded twice by torch's generator; what comes out is uniform over the 32-bit integers.
     """
-    seed, other_seed = torch.randint(2**31, (2, 1), dtype=torch.int32, device=device)
-    bits = torch.arange(shape.numel(), dtype=torch.int32, device=device).view(shape) * 0x2C1B3C6D + seed
+    seed, other_seed = torch.randint(2**31, (2, 1), dtype=torch.int32)
+    bits = torch.arange(shape.numel(), dtype=torch.int32).view(shape) * 0x2C1B3C6D + seed
     bits = (bits ^ shifted(bits, 16)) * 0x7FEB352D ^ other_seed
     bits = (bits ^ shifted(bits, 15)) * 0x297A2D39
     bits = bits ^ shifted(bits, 16)
