@@ -62,8 +62,10 @@ def activation_bytes(config: Config, model: XAR) -> int:
     """Estimate of what one image keeps for the backward pass.
 
     Per token and block, in values of the compute dtype: the residual stream twice (in float32), the two modulated
-    inputs, q, k, v, the attention output and its projection, and three hidden rows of the MLP. With activation
-    checkpointing: the input of every block, and one block in full.
+    inputs, q, k, v as they are projected and as attention takes them, the attention output and both projections behind
+    it, and three hidden rows of the MLP; with dropout a byte for each of its masks. With activation checkpointing: the
+    input of every block, and one block in full. Of xAR-B on one GPU, compiled, it gives 12.3 GiB for 64 images and 39.7
+    for 256, where 12.4 and 40.3 were measured (docs/performance.md).
 
     Attention counts as a fused kernel, which keeps no weights. On a CPU they are kept, by head over all pairs of tokens
     (`dot_product_attention`), and are not counted here.
@@ -71,7 +73,8 @@ def activation_bytes(config: Config, model: XAR) -> int:
     size = 2 if config.train.precision in ("bf16", "fp16") else FLOAT_BYTES
     dim, hidden = config.model.dim, config.model.mlp_hidden
     block_input = dim * FLOAT_BYTES
-    block = 2 * block_input + (7 * dim + 3 * hidden) * size
+    masks = 2 * dim + hidden if config.model.dropout else 0
+    block = 2 * block_input + (10 * dim + 3 * hidden) * size + masks
     count = len(model.blocks)
     per_token = count * block_input + block if config.train.activation_checkpointing else count * block
     return _copies(config) * model.grouping.num_tokens * per_token
