@@ -197,13 +197,15 @@ def _meet(backend: str, rank: int, world_size: int, seconds: float) -> None:
         if rank:
             require_store(host, port, seconds)
         dist.init_process_group(backend, rank=rank, world_size=world_size, timeout=timedelta(seconds=seconds))
-    except (dist.DistNetworkError, dist.DistStoreError) as error:
+    except RuntimeError as error:  # of torch's own kinds, but torch 2.6 has none for a port in use
         if port_in_use(error):
             raise AbsentRanksError(
                 f"The port of {place} is in use.",
                 "Choose another one: --rdzv-endpoint HOST:PORT or MASTER_PORT.",
                 exit_code=1,
             ) from None
+        if not isinstance(error, dist.DistNetworkError | dist.DistStoreError):
+            raise
         raise AbsentRanksError(
             f"The {world_size} ranks did not meet at {place} within {seconds:.0f} seconds.",
             "Check that all ranks were started, name the same address, and that the port is open.",
