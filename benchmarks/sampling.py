@@ -41,7 +41,7 @@ from xar_cli.sample.network import SamplingNetwork, prepare_network
 from xar_cli.sample.plan import SamplingPlan, flops_per_image
 from xar_cli.sample.sampler import sample_latents
 from xar_cli.tokenizer.codec import Codec, to_uint8
-from xar_cli.tokenizer.kl16 import DTYPES, KL16, build_on_meta
+from xar_cli.tokenizer.kl16 import KL16, PRECISIONS, build_on_meta
 from xar_cli.weights import from_published
 
 BATCH = {"cpu": 4, "cuda": 128}
@@ -124,7 +124,7 @@ class Job:
         if options.decoder:  # ours as `load_tokenizer` prepares it
             on_gpu = device.type == "cuda"
             precision = "fp32" if options.precision == "fp32" else "fp16" if on_gpu else "bf16"
-            network = build(DTYPES[precision], channels_last=True, device=device)
+            network = build(PRECISIONS[precision], channels_last=True, device=device)
             tokenizer = KL16(network, "kl16:seeded", precision, compiled=on_gpu)
             self.codec = Codec(tokenizer, config.tokenizer.latent_scale)
             if not options.no_plain:

@@ -20,11 +20,11 @@ from xar_cli.data.images import CROP_RULE
 from xar_cli.errors import UserError, did_you_mean
 from xar_cli.run_dir import require_writable
 from xar_cli.tokenizer import Codec, load_tokenizer
+from xar_cli.tokenizer.kl16 import PRECISIONS
 
 PIXEL_VALUES_PER_BATCH = 1 << 23  # default batch: 42 RGB images of 256 x 256
 MAX_BATCH = 256
 MAR_TOKENIZER = "kl16:mar"  # MAR's cache does not say which file of weights made it
-PRECISIONS = ("fp32", "tf32", "fp16", "bf16")
 
 
 class CacheSettings(Section):
@@ -48,7 +48,7 @@ class CacheSettings(Section):
         for name, value, choices in (
             ("--flip", self.flip, ("encode", "none")),
             ("--dtype", self.dtype, DTYPES),
-            ("--precision", self.precision, PRECISIONS),
+            ("--precision", self.precision, tuple(PRECISIONS)),
         ):
             if value not in choices:
                 raise UserError(f"{name} cannot be '{value}'.", did_you_mean(value, choices))

@@ -34,7 +34,7 @@ def load_tokenizer(
         config: the recipe.
         weights: file of KL-16's weights (`kl16.ckpt` or safetensors) or its `hf://` name; pixels need none.
         device: where kl16 runs; pixels run wherever their input is.
-        precision: arithmetic of kl16, a name in `kl16.DTYPES`; its results are float32 in any case.
+        precision: arithmetic of kl16, a name in `kl16.PRECISIONS`; its results are float32 in any case.
         work: whether it will encode or decode, and how many images: on a GPU it is compiled where that pays.
 
     Raises:

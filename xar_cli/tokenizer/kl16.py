@@ -30,7 +30,7 @@ MULTIPLIERS = (1, 1, 2, 2, 4)  # width of each level, in WIDTHs; each level but 
 ENCODER_BLOCKS = 2  # residual blocks a level
 DECODER_BLOCKS = 3
 LOGVAR_RANGE = (-30.0, 20.0)
-DTYPES = {"fp32": torch.float32, "tf32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+PRECISIONS = {"fp32": torch.float32, "tf32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 FLOP_PER_PIXEL = {"encode": 2.1e6, "decode": 3.8e6}
 
 
@@ -94,7 +94,7 @@ def load_kl16(source: str | Path, device: torch.device, precision: str = "fp32",
     Args:
         source: the file of weights, or its `hf://` name.
         device: where the autoencoder runs.
-        precision: a name in DTYPES.
+        precision: a name in PRECISIONS.
         compiled: see `KL16`.
 
     Raises:
@@ -103,7 +103,7 @@ def load_kl16(source: str | Path, device: torch.device, precision: str = "fp32",
     state = read_kl16_state(local_file(source))
     network = build_on_meta()
     network.load_state_dict(state, strict=True, assign=True)
-    network = network.to(device, DTYPES[precision]).to(memory_format=torch.channels_last)
+    network = network.to(device, PRECISIONS[precision]).to(memory_format=torch.channels_last)
     return KL16(network.eval().requires_grad_(False), identity_of(state), precision, compiled)
 
 
