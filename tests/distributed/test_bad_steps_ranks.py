@@ -79,6 +79,7 @@ def test_a_bad_image_of_one_rank_is_skipped_by_both(said, folder, parallel):
 
 @pytest.mark.parametrize("parallel", PARALLEL)
 def test_a_skipped_step_is_counted_and_told_once(said, folder, parallel):
+    assert said[parallel] == ["done", "done"]
     image = image_of_both_ranks()
     bad = [step + 1 for step in steps_of(image)]
     records = read_metrics(RunDir(folder / parallel).metrics)

@@ -95,6 +95,7 @@ def test_equal_losses(said, one_rank, folder, name):
 @pytest.mark.parametrize("name", SPREADS)
 def test_equal_weights(said, one_rank, folder, name):
     """Checkpoints hold whole tensors, however the run was spread."""
+    assert said[name] == ["done", "done"]
     expected, found = final_tensors(folder / "one rank"), final_tensors(folder / name)
     assert expected.keys() == found.keys()
     for key in ("model/pos_encoder", "ema-0.9/encoder.0.mlp.fc1.weight", "ema-0.5/decoder_norm.weight"):
@@ -170,7 +171,7 @@ def test_all_ranks_draw_the_preview(said, folder):
 
 
 def test_all_ranks_draw_for_the_evaluation(said, data, folder):
-    assert said["draws ddp"] == ["done", "done"]
+    assert said["draws"] == said["draws ddp"] == ["done", "done"]
     looks = ("train.eval_every=1", "train.eval_count=7", "evaluate.protocol=digits")
     train(settings(small_recipe(*PLAIN, *looks), data, folder / "draws alone", reference=folder / "real"))
 

@@ -22,12 +22,24 @@ from torch.utils.checkpoint import checkpoint
 
 from xar_cli.config.schema import TrainConfig
 from xar_cli.distributed import Ranks, whole_tensor
+from xar_cli.errors import UserError
 from xar_cli.logs import log
 from xar_cli.model import XAR
 
+FSDP_ON_CPU = hasattr(torch.cpu.Stream, "record_event")  # it asks the device's streams for events; torch 2.6 has none
+
 
 def spread(model: XAR, train: TrainConfig, ranks: Ranks) -> nn.Module:
-    """Make a model ready for training on these ranks; returns what to call for a forward pass."""
+    """Make a model ready for training on these ranks; returns what to call for a forward pass.
+
+    Raises:
+        UserError: FSDP on the CPU with a torch that cannot do it.
+    """
+    if train.parallel == "fsdp" and ranks.world_size > 1 and ranks.device.type == "cpu" and not FSDP_ON_CPU:
+        raise UserError(
+            f"train.parallel=fsdp on a CPU needs a newer torch than {torch.__version__}.",
+            "Use --set train.parallel=ddp, or `pip install --upgrade torch`.",
+        )
     if train.compile:
         compile_blocks(model)
     if train.activation_checkpointing:
