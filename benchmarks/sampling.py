@@ -15,9 +15,10 @@ same ratio. (The plain code carries the finished entity along with each entity's
 pass of its own; and the table of modulation is filled once. Both weigh less in 40 steps.)
 
 With `--decoder` both programs also decode their latents by KL-16 (seeded weights) to uint8 images that stay on the
-device: ours in the precision of `--precision`, channels-last; the plain code in float32 as written, whose convolutions
-a GPU computes in TF32, torch's default. `--no-plain` times ours alone, with weights drawn on the device and compared
-with nothing: for networks whose arithmetic another run has compared.
+device: ours channels-last in the half precision of the device (bf16, on a GPU fp16, and there compiled, as in a long
+job), or in float32 with `--precision fp32`; the plain code in float32 as written, whose convolutions a GPU computes in
+TF32, torch's default. Latents are compared, images are not. `--no-plain` times ours alone, with weights drawn on the
+device and compared with nothing: for networks whose arithmetic another run has compared.
 """
 
 from __future__ import annotations
@@ -121,11 +122,14 @@ class Job:
         self.codec: Codec | None = None
         self.plain_decoder: Any = None
         self.drawn = torch.empty(0)  # our latents, once they have been looked at
-        if options.decoder:  # ours as `load_tokenizer` prepares it
+        self.decoder_precision: str | None = None
+        if options.decoder:  # ours as a long job has it
             on_gpu = device.type == "cuda"
-            precision = "fp32" if options.precision == "fp32" else "fp16" if on_gpu else "bf16"
-            network = build(PRECISIONS[precision], channels_last=True, device=device)
-            tokenizer = KL16(network, "kl16:seeded", precision, compiled=on_gpu)
+            self.decoder_precision = "fp32" if options.precision == "fp32" else "fp16" if on_gpu else "bf16"
+            network = build(PRECISIONS[self.decoder_precision], channels_last=True, device=device)
+            tokenizer = KL16(network, "kl16:seeded", self.decoder_precision)
+            if on_gpu:
+                tokenizer.compile("decode")
             self.codec = Codec(tokenizer, config.tokenizer.latent_scale)
             if not options.no_plain:
                 self.plain_decoder = build(torch.float32, channels_last=False, device=device)
@@ -257,7 +261,8 @@ def main() -> None:
     against = "" if options.no_plain else f", {timing.spread_text(found['plain_time_over_ours'])} as fast as plain"
     print(json.dumps({
         **timing.machine(options, device),
-        "recipe": options.recipe, "batch": job.batch, "steps_per_entity": options.steps, "decoder": options.decoder,
+        "recipe": options.recipe, "batch": job.batch, "steps_per_entity": options.steps,
+        "decoder": job.decoder_precision,
         "precision": options.precision, "compiled": job.compiled,
         **({"recorded": job.recorded} if device.type == "cuda" else {}),
         **found,

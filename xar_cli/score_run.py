@@ -28,7 +28,7 @@ from xar_cli.evaluate.sweep import Point, Score, Steps, run_sweep
 from xar_cli.run_dir import RunDir, require_writable
 from xar_cli.sample.network import SamplingNetwork
 from xar_cli.sample.request import build_settings
-from xar_cli.sample.stage import SampleSettings, draw_images, load_codec, make_manifest, ready_network
+from xar_cli.sample.stage import SampleSettings, draw_images, expect_images, load_codec, make_manifest, ready_network
 from xar_cli.weights import open_weights
 
 
@@ -150,7 +150,7 @@ class _Source:
         self.protocols = [one.name for one in pick_protocols(settings.protocols or config.evaluate.protocol)]
         if self.sampling.count < 2:
             raise UserError("One image is no distribution.", "Give a larger --count.")
-        self.codec = load_codec(self.sampling, ranks.device, self.sampling.count // ranks.world_size)
+        self.codec = load_codec(self.sampling, ranks.device)
         self._weights = open_weights(run.root, config)
         self.weights_sha256 = self._weights.sha256
 
@@ -158,6 +158,7 @@ class _Source:
     def network(self) -> SamplingNetwork:
         """The network; not loaded where all features are in the cache."""
         share = -(-self.sampling.count // self.ranks.world_size)
+        expect_images(self.sampling.config, self.codec, share)
         return ready_network(self.sampling.config, self._weights.load(self.ranks.device), share)
 
     def images(self, sampling: SampleSettings, keep_features: bool = True) -> GeneratedImages:

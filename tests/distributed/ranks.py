@@ -11,6 +11,7 @@ import os
 import socket
 import subprocess
 import sys
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
@@ -30,11 +31,11 @@ def free_ports(count: int) -> list[int]:
 
 
 class Said(dict):
-    """What the ranks said of each job; a test that asks for one that this torch cannot do is skipped."""
+    """What the ranks said of each job; a test that asks for one that torch 2.6 cannot do is skipped."""
 
     def __getitem__(self, name):
         sentences = super().__getitem__(name)
-        if "needs a newer torch" in sentences[0]:
+        if version("torch").startswith("2.6.") and "needs a newer torch" in sentences[0]:
             pytest.skip(sentences[0])
         return sentences
 

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import os
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -62,6 +65,22 @@ def test_graphs_change_no_bit(precision, compiled):
         found, expected = draw(recorded, how, indices, precision), draw(without, how, indices, precision)
         assert torch.isfinite(found).all()
         assert torch.equal(found, expected)
+
+
+GROWING = """
+from tests.gpu.test_sampling import *
+network = prepare_network(small_model(dim=128).cuda(), "bf16")
+plan = plan_for(network.model)
+for how in (dataclasses.replace(plan, guidance=(1.0,) * 4), plan, plan):
+    assert torch.isfinite(draw(network, how, (0, 1, 2), "bf16")).all()
+"""
+
+
+def test_a_larger_batch_is_recorded_anew():
+    """In a process of its own, whose first graphs are those that the larger batch makes useless."""
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([os.getcwd(), *sys.path])}
+    done = subprocess.run([sys.executable, "-c", GROWING], capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stderr
 
 
 def test_image_i_is_image_i_in_any_batch():

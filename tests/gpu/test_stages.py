@@ -16,7 +16,7 @@ from tests.seeded import GOLDEN, kl16_state
 from tests.unit.evaluate.conftest import inception_files, make_images  # noqa: F401  # a fixture
 from tests.unit.evaluate.test_inception import relative, weights
 from xar_cli.evaluate.networks import CleanFidInception, TorchFidelityInception
-from xar_cli.tokenizer.kl16 import KL16, build_on_meta
+from xar_cli.tokenizer.kl16 import KL16, PRECISIONS, build_on_meta
 
 CUDA = torch.device("cuda", 0)
 
@@ -36,6 +36,18 @@ def test_kl16_gives_the_golden_numbers(matmul):
         torch.set_float32_matmul_precision(before)
     assert relative_error(moments.cpu(), golden["moments"]) <= 1e-5
     assert relative_error(decoded.cpu(), golden["decoded"]) <= 1e-5
+
+
+@pytest.mark.parametrize(("precision", "tolerance"), [("fp32", 1e-4), ("tf32", 2e-2), ("fp16", 2e-2), ("bf16", 2e-1)])
+def test_compiled_kl16_gives_the_golden_numbers(precision, tolerance):
+    network = build_on_meta()
+    network.load_state_dict(kl16_state(), assign=True)
+    network = network.to(CUDA, PRECISIONS[precision]).to(memory_format=torch.channels_last)
+    tokenizer = KL16(network.eval().requires_grad_(False), "kl16:seeded", precision)
+    tokenizer.compile("encode"), tokenizer.compile("decode")
+    golden = load_file(GOLDEN / "kl16_seeded.safetensors")
+    assert relative_error(tokenizer.encode(golden["image"]).cpu(), golden["moments"]) <= tolerance
+    assert relative_error(tokenizer.decode(golden["latents"]).cpu(), golden["decoded"]) <= tolerance
 
 
 @pytest.mark.parametrize("compiled", [False, True])

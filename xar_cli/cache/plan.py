@@ -154,8 +154,8 @@ def _open_job(settings: CacheSettings, device: torch.device) -> tuple[Job, str, 
         return job, identity, "fp32"
     source = open_images(settings.images)
     precision = settings.precision if config.tokenizer.kind == "kl16" else "fp32"
-    work = len(source.names) * (2 if flip else 1)
-    tokenizer = load_tokenizer(config, weights, device, precision, ("encode", work))
+    tokenizer = load_tokenizer(config, weights, device, precision)
+    tokenizer.expect("encode", len(source.names) * (2 if flip else 1) * math.prod(config.data.image_shape))
     codec = Codec(tokenizer, config.tokenizer.latent_scale)
     job = EncodeImages(source, codec, config.data.image_size, flip, device)
     return job, codec.tokenizer.identity, precision

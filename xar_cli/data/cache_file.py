@@ -46,7 +46,7 @@ class CacheLayout:
         dtype: float16 or float32, as stored.
         flip: whether the moments of the mirror image are stored too.
         tokenizer: identity of the tokenizer.
-        precision: arithmetic that the tokenizer encoded in, fp32 or bf16.
+        precision: arithmetic that the tokenizer encoded in: fp32, tf32, fp16 or bf16.
         latent_scale: factor that brings latents to unit variance; moments are stored unscaled.
         image_size: of the cropped image in pixels: its side, or (height, width) where it is not square.
         image_channels: 1 or 3.

@@ -51,7 +51,7 @@ def explain(settings: SampleSettings) -> dict[str, Any]:
             return {}
         config = settings.config
         model, _ = load_weights(settings.weights, config, ema=settings.ema, device=ranks.device)
-        codec = load_codec(settings, ranks.device, 1)
+        codec = load_codec(settings, ranks.device)
         record = Recorder(model.grouping)
         label = balanced_label(settings.seed, 0, settings.classes)
         network = ready_network(config, model, 1)

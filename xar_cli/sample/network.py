@@ -6,7 +6,8 @@ Legend: B rows, K entities, N tokens of the pass, C channels, D width.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any, cast
 
 import torch
@@ -23,7 +24,7 @@ PARTS_AROUND_ATTENTION = ("before_attention", "after_attention")
 PARTS_BETWEEN_PRODUCTS = ("attention_input", "attention.split_heads", "mlp_input", "mlp.product", "add_mlp")
 COMPILED_SHAPES = 64  # of one part: entities of a scale differ in length, each comes with and without a null branch
 TABLE_BYTES = 512 * 1024**2  # modulation beyond this is computed again instead of kept,
-TABLE_SHARE = 1 / 16  # or beyond this share of a GPU's memory
+TABLE_SHARE = 1 / 32  # or beyond this share of a GPU's memory
 MOST_RECORDED = 1024  # passes; each takes some memory of its own
 
 Run = Callable[..., Tensor]  # tensors in, one tensor out; whatever else it reads or writes stays where it is
@@ -55,7 +56,7 @@ def prepare_network(
             limits.cache_size_limit = max(limits.cache_size_limit, COMPILED_SHAPES)
             parts = PARTS_BETWEEN_PRODUCTS if packed else PARTS_AROUND_ATTENTION
             replace_parts(block, parts, lambda part: torch.compile(part, dynamic=False))
-    return SamplingNetwork(model, CudaGraphs() if recorded and model.rope.is_cuda else None)
+    return SamplingNetwork(model, CudaGraphs if recorded and model.rope.is_cuda else None)
 
 
 def replace_parts(block: Block, paths: tuple[str, ...], ready: Callable[[Any], Any]) -> None:
@@ -96,23 +97,30 @@ class SamplingNetwork:
 
     Args:
         model: in eval mode, see `prepare_network`.
-        record: how to record a pass (`cuda_graph`); None runs every pass kernel by kernel.
+        recorder: makes what records passes (`CudaGraphs`); None runs every pass kernel by kernel.
     """
 
-    def __init__(self, model: XAR, record: Record | None = None) -> None:
+    def __init__(self, model: XAR, recorder: Callable[[], Record] | None = None) -> None:
         self.model = model
         self.grouping = model.grouping.to(model.rope.device)
-        self._record = record
+        self._recorder = recorder
         self._recorded: RecordedPasses | None = None
+        self._most_rows = 0
 
-    def begin(self, labels: Tensor, guided: bool) -> BatchNetwork:
-        """The velocity of a batch of images with these (B,) labels; ends the use of the one before."""
+    @contextmanager
+    def batch(self, labels: Tensor, guided: bool) -> Iterator[BatchNetwork]:
+        """The velocity of a batch of images with these (B,) labels; ends the use of the one before.
+
+        A batch that is smaller than one before, such as the last, is not worth compiling or recording for.
+        """
         rows = len(labels) * (2 if guided else 1)
-        if self._record is not None and (self._recorded is None or rows > self._recorded.rows):
-            self._recorded = RecordedPasses(self._record, self.model.new_cache(rows, _compute_dtype(self.model)))
-        if self._recorded is not None and rows == self._recorded.rows:
-            return BatchNetwork(self.model, labels, guided, self._recorded)
-        return BatchNetwork(self.model, labels, guided)  # the last batch may be smaller: not worth recording for
+        smaller, self._most_rows = rows < self._most_rows, max(rows, self._most_rows)
+        if self._recorder is not None and (self._recorded is None or rows > self._recorded.rows):
+            cache = self.model.new_cache(rows, _compute_dtype(self.model))
+            self._recorded = RecordedPasses(self._recorder(), cache)
+        recorded = self._recorded if self._recorded is not None and rows == self._recorded.rows else None
+        with torch.compiler.set_stance("eager_on_recompile" if smaller else "default"):
+            yield BatchNetwork(self.model, labels, guided, recorded)
 
 
 class BatchNetwork:
@@ -157,7 +165,7 @@ class BatchNetwork:
 
         if self._recorded is None:
             return run(x, modulation)
-        return self._recorded(("pass", entity, cache.length, len(x)), run, x, modulation)
+        return self._recorded(("pass", entity, cache.length, len(x), x.dtype), run, x, modulation)
 
     def modulation(self, t: float) -> Tensor:
         """Modulation (layers, rows, 1, 6 D) of all layers at t: computed once for each class and timestep."""
@@ -249,7 +257,10 @@ class RecordedPasses:
 
 
 class CudaGraphs:
-    """Records passes as CUDA graphs, which share one pool of memory since they never run at the same time."""
+    """Records passes as CUDA graphs, which share one pool of memory since they never run at the same time.
+
+    The pool must not outlive its graphs: torch does not take up one again that has none left.
+    """
 
     def __init__(self) -> None:
         self._pool = torch.cuda.graph_pool_handle()

@@ -14,7 +14,8 @@ from torch import Tensor
 
 from xar_cli.flow.guidance import guided_velocity
 from xar_cli.flow.solvers import SOLVERS, STOCHASTIC
-from xar_cli.sample.network import SamplingNetwork
+from xar_cli.model.entities import Grouping
+from xar_cli.sample.network import BatchNetwork, SamplingNetwork
 from xar_cli.sample.plan import SamplingPlan
 
 Observer = Callable[[int, float, Tensor], None]
@@ -49,19 +50,24 @@ def sample_latents(
     Returns:
         (B, C, H, W) float32 scaled latents.
     """
-    grouping, batch = network.grouping, network.begin(labels, plan.guided)
+    with network.batch(labels, plan.guided) as batch:
+        return _sample(batch, network.grouping, noise, plan, observe)
+
+
+def _sample(network: BatchNetwork, grouping: Grouping, noise: Noise, plan: SamplingPlan, observe: Observer) -> Tensor:
+    """Entity after entity, of one batch."""
     solver = SOLVERS[plan.solver]
     entities: list[Tensor] = []
     for entity, (length, steps) in enumerate(zip(grouping.lengths, plan.num_steps, strict=True)):
         if entity > 0:
-            batch.commit(entities[-1], entity - 1)
+            network.commit(entities[-1], entity - 1)
 
         def velocity(x: Tensor, t: float, entity: int = entity) -> Tensor:
             observe(entity, t, x)
             scale = plan.scale(entity, t)
             if scale == 1:
-                return batch.velocity(x.float(), t, entity)
-            return guided_velocity(*batch.both_velocities(x.float(), t, entity), scale)
+                return network.velocity(x.float(), t, entity)
+            return guided_velocity(*network.both_velocities(x.float(), t, entity), scale)
 
         drawn = noise.draw(entity, length, steps if plan.solver in STOCHASTIC else 1)
         entities.append(solver(velocity, drawn[0], steps, lambda i, drawn=drawn: drawn[i + 1]).float())  # type: ignore[misc]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
@@ -46,7 +47,7 @@ def sample(settings: SampleSettings) -> dict[str, Any]:
     """
     with process_group(settings.device) as ranks:
         weights = open_weights(settings.weights, settings.config, ema=settings.ema)
-        codec = load_codec(settings, ranks.device, settings.count // ranks.world_size)
+        codec = load_codec(settings, ranks.device)
         manifest = make_manifest(settings, weights.sha256, codec.tokenizer.identity)
         missing = ranks.on_main(lambda: _open_out(settings, manifest))  # one list for all, before anybody writes
         mine = missing[ranks.rank :: ranks.world_size]
@@ -54,6 +55,7 @@ def sample(settings: SampleSettings) -> dict[str, Any]:
         with _disk_errors(settings.out):
             if mine:
                 network = ready_network(settings.config, weights.load(ranks.device), len(mine))
+                expect_images(settings.config, codec, len(mine))
                 began = time.monotonic()
                 slowest = _draw(settings, manifest["labels"], mine, network, codec, ranks)
                 seconds = time.monotonic() - began
@@ -98,14 +100,17 @@ def _disk_errors(out: Path) -> Iterator[None]:
         ) from None
 
 
-def load_codec(settings: SampleSettings, device: torch.device, images: int) -> Codec:
-    """The decoder for so many images, in the precision that the recipe asks for."""
+def load_codec(settings: SampleSettings, device: torch.device) -> Codec:
+    """The decoder, in the precision that the recipe asks for."""
     config = settings.config
-    tokenizer = load_tokenizer(
-        config, settings.tokenizer_weights, device, config.sample.decoder_precision,
-        ("decode", images if config.sample.compile else 0),
-    )  # fmt: skip
+    tokenizer = load_tokenizer(config, settings.tokenizer_weights, device, config.sample.decoder_precision)
     return Codec(tokenizer, config.tokenizer.latent_scale)
+
+
+def expect_images(config: Config, codec: Codec, images: int) -> None:
+    """Have the decoder ready for so many images: compiled where the recipe allows it and it pays."""
+    if config.sample.compile:
+        codec.tokenizer.expect("decode", images * math.prod(config.data.image_shape))
 
 
 def ready_network(config: Config, model: XAR, images: int) -> SamplingNetwork:
@@ -155,17 +160,14 @@ def _draw(
 
         for start in range(0, len(missing), batch_size):
             began, indices = time.monotonic(), missing[start : start + batch_size]
-            # The last batch may be smaller: not worth compiling for.
-            with torch.compiler.set_stance("eager_on_recompile" if start else "default"):
-                images, finite = queue_images(
-                    config, network, codec, settings.seed, indices, [labels[index] for index in indices], ranks.device
-                )
+            images, finite = queue_images(
+                config, network, codec, settings.seed, indices, [labels[index] for index in indices], ranks.device
+            )
             queued.append((indices, fetch(images), fetch(finite)))
-            if len(queued) > ahead:
+            last = start + batch_size >= len(missing)
+            while len(queued) > (0 if last else ahead):
                 finish(*queued.popleft())
             slowest = max(slowest, time.monotonic() - began)
-        while queued:
-            finish(*queued.popleft())
     return slowest
 
 

@@ -2,23 +2,18 @@
 
 from __future__ import annotations
 
-import math
 from pathlib import Path
-from typing import Literal
 
 import torch
 
 from xar_cli.config.schema import Config
 from xar_cli.errors import UserError
-from xar_cli.precision import compile_pays
 from xar_cli.tokenizer.codec import Codec, sample_latents
-from xar_cli.tokenizer.kl16 import FLOP_PER_PIXEL, load_kl16
+from xar_cli.tokenizer.kl16 import ON_GPU_ONLY, load_kl16
 from xar_cli.tokenizer.pixels import Pixels
 from xar_cli.tokenizer.protocol import Tokenizer
 
 __all__ = ["Codec", "Tokenizer", "load_tokenizer", "sample_latents"]
-
-Half = Literal["encode", "decode"]
 
 
 def load_tokenizer(
@@ -26,7 +21,6 @@ def load_tokenizer(
     weights: str | Path | None,
     device: torch.device,
     precision: str = "fp32",
-    work: tuple[Half, int] | None = None,
 ) -> Tokenizer:
     """The tokenizer that a recipe names, ready on a device.
 
@@ -35,10 +29,10 @@ def load_tokenizer(
         weights: file of KL-16's weights (`kl16.ckpt` or safetensors) or its `hf://` name; pixels need none.
         device: where kl16 runs; pixels run wherever their input is.
         precision: arithmetic of kl16, a name in `kl16.PRECISIONS`; its results are float32 in any case.
-        work: whether it will encode or decode, and how many images: on a GPU it is compiled where that pays.
 
     Raises:
-        UserError: kl16 without weights, weights that do not fit, or weights for a tokenizer that has none.
+        UserError: kl16 without weights, weights that do not fit, weights for a tokenizer that has none, or a precision
+            that the device does not have.
     """
     if config.tokenizer.kind == "pixels":
         if weights is not None:
@@ -53,6 +47,6 @@ def load_tokenizer(
             "Get it with `xar weights download kl16`, or from https://huggingface.co/xwen99/mar-vae-kl16; then "
             "give --tokenizer-weights.",
         )
-    half, images = work or ("decode", 0)
-    flops = images * math.prod(config.data.image_shape) * FLOP_PER_PIXEL[half]
-    return load_kl16(weights, device, precision, device.type == "cuda" and compile_pays(flops, device))
+    if device.type == "cpu" and precision in ON_GPU_ONLY:
+        raise UserError(f"KL-16 in {precision} needs a GPU.", "Use fp32 or bf16, or another --device.")
+    return load_kl16(weights, device, precision)

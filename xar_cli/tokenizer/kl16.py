@@ -22,8 +22,9 @@ from torch import Tensor, nn
 from xar_cli.config.schema import KL16_CHANNELS, KL16_STRIDE
 from xar_cli.errors import UserError
 from xar_cli.hub import local_file
-from xar_cli.precision import float32_arithmetic
+from xar_cli.precision import compile_pays, float32_arithmetic
 from xar_cli.tensor_files import State, check_state, is_state, read_tensor_file
+from xar_cli.tokenizer.protocol import Half
 
 WIDTH = 128  # channels of the first level
 MULTIPLIERS = (1, 1, 2, 2, 4)  # width of each level, in WIDTHs; each level but the last halves the side
@@ -31,7 +32,8 @@ ENCODER_BLOCKS = 2  # residual blocks a level
 DECODER_BLOCKS = 3
 LOGVAR_RANGE = (-30.0, 20.0)
 PRECISIONS = {"fp32": torch.float32, "tf32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
-FLOP_PER_PIXEL = {"encode": 2.1e6, "decode": 3.8e6}
+ON_GPU_ONLY = ("tf32", "fp16")
+FLOP_PER_PIXEL: dict[Half, float] = {"encode": 2.1e6, "decode": 3.8e6}
 
 
 class KL16:
@@ -41,7 +43,6 @@ class KL16:
         network: the autoencoder, on its device and in its dtype, in eval mode.
         identity: `kl16:` and the sha256 of the weights.
         precision: `tf32` lets a GPU take TF32 for float32 weights; otherwise the weights' dtype says it.
-        compiled: whether both halves go through torch.compile, at their first use.
     """
 
     kind = "kl16"
@@ -49,12 +50,11 @@ class KL16:
     image_channels = 3
     latent_channels = KL16_CHANNELS
 
-    def __init__(self, network: AutoencoderKL, identity: str, precision: str = "fp32", compiled: bool = False) -> None:
+    def __init__(self, network: AutoencoderKL, identity: str, precision: str = "fp32") -> None:
         self.network = network
         self.identity = identity
         self._precision = precision
-        halves: list[Callable[[Tensor], Tensor]] = [network.encode, network.decode]
-        self._encode, self._decode = (CompiledForOneShape(half) if compiled else half for half in halves)
+        self._halves: dict[Half, Callable[[Tensor], Tensor]] = {"encode": network.encode, "decode": network.decode}
         parameter = next(network.parameters())
         self.device, self.dtype = parameter.device, parameter.dtype
 
@@ -62,13 +62,22 @@ class KL16:
     def encode(self, images: Tensor) -> Tensor:
         """Images (B, 3, S, S) in [-1, 1] -> float32 moments (B, 32, H, W): mean, clamped log-variance."""
         with float32_arithmetic(self._precision):
-            return self._encode(self._place(images)).float()
+            return self._halves["encode"](self._place(images)).float()
 
     @torch.no_grad()
     def decode(self, raw_latents: Tensor) -> Tensor:
         """Unscaled latents (B, 16, H, W) -> images (B, 3, S, S) in float32, about [-1, 1], not clipped."""
         with float32_arithmetic(self._precision):
-            return self._decode(self._place(raw_latents)).float()
+            return self._halves["decode"](self._place(raw_latents)).float()
+
+    def expect(self, half: Half, pixels: int) -> None:
+        """Get ready to encode or decode so many pixels: on a GPU that half is compiled where it pays."""
+        if self.device.type == "cuda" and compile_pays(pixels * FLOP_PER_PIXEL[half], self.device):
+            self.compile(half)
+
+    def compile(self, half: Half) -> None:
+        """Let a half go through torch.compile, at its next use."""
+        self._halves[half] = CompiledForOneShape(self._halves[half])
 
     def _place(self, tensor: Tensor) -> Tensor:
         return tensor.to(self.device, self.dtype).contiguous(memory_format=torch.channels_last)
@@ -88,14 +97,13 @@ class CompiledForOneShape:
         return self._compiled(x) if x.shape == self._shape else self._eager(x)
 
 
-def load_kl16(source: str | Path, device: torch.device, precision: str = "fp32", compiled: bool = False) -> KL16:
+def load_kl16(source: str | Path, device: torch.device, precision: str = "fp32") -> KL16:
     """Read `kl16.ckpt`, or safetensors with the same or diffusers' names, and build the autoencoder.
 
     Args:
         source: the file of weights, or its `hf://` name.
         device: where the autoencoder runs.
         precision: a name in PRECISIONS.
-        compiled: see `KL16`.
 
     Raises:
         UserError: the file is missing, damaged, unsafe, or holds other tensors than KL-16's.
@@ -104,7 +112,7 @@ def load_kl16(source: str | Path, device: torch.device, precision: str = "fp32",
     network = build_on_meta()
     network.load_state_dict(state, strict=True, assign=True)
     network = network.to(device, PRECISIONS[precision]).to(memory_format=torch.channels_last)
-    return KL16(network.eval().requires_grad_(False), identity_of(state), precision, compiled)
+    return KL16(network.eval().requires_grad_(False), identity_of(state), precision)
 
 
 def build_on_meta() -> AutoencoderKL:

@@ -9,6 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from xar_cli.tokenizer.protocol import Half
+
 LOGVAR = -30.0
 
 
@@ -39,3 +41,6 @@ class Pixels:
     def decode(self, raw_latents: Tensor) -> Tensor:
         """Unscaled latents (B, C, H, W) -> images (B, channels, height, width)."""
         return F.pixel_shuffle(raw_latents, self.stride)
+
+    def expect(self, half: Half, pixels: int) -> None:
+        """There is nothing to get ready."""

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Protocol
+from typing import Literal, Protocol
 
 from torch import Tensor
+
+Half = Literal["encode", "decode"]
 
 
 class Tokenizer(Protocol):
@@ -30,4 +32,8 @@ class Tokenizer(Protocol):
 
     def decode(self, raw_latents: Tensor) -> Tensor:
         """Raw latents (B, C, H, W) -> images (B, image_channels, height, width), about [-1, 1], not clipped."""
+        ...
+
+    def expect(self, half: Half, pixels: int) -> None:
+        """Get ready to encode or decode so many pixels, in whatever way pays."""
         ...

@@ -64,8 +64,8 @@ def activation_bytes(config: Config, model: XAR) -> int:
     Per token and block, in values of the compute dtype: the residual stream twice (in float32), the two modulated
     inputs, q, k, v as they are projected and as attention takes them, the attention output and both projections behind
     it, and three hidden rows of the MLP; with dropout a byte for each of its masks. With activation checkpointing: the
-    input of every block, and one block in full. Of xAR-B on one GPU, compiled, it gives 12.3 GiB for 64 images and 39.7
-    for 256, where 12.4 and 40.3 were measured (docs/performance.md).
+    input of every block, and one block in full. With the state beside it, xAR-B comes to 12.3 GiB for 64 images and
+    39.7 for 256; 12.4 and 40.3 were measured on a GPU, compiled (docs/performance.md).
 
     Attention counts as a fused kernel, which keeps no weights. On a CPU they are kept, by head over all pairs of tokens
     (`dot_product_attention`), and are not counted here.

@@ -29,6 +29,7 @@ from xar_cli.run_dir import RunDir
 from xar_cli.train.cost import peak_flops
 from xar_cli.train.draws import draw_mirrored, draw_step
 from xar_cli.train.initial import init_from
+from xar_cli.train.parallel import require_parallel
 from xar_cli.train.plan import AUTO, TrainPlan, make_plan
 from xar_cli.train.preflight import (
     PROBED_DEVICES,
@@ -113,6 +114,7 @@ def train(settings: TrainSettings) -> dict[str, Any]:
     ):
         ranks.on_all(lambda: check_cache(reader, config))
         check_agreement(ranks, config, reader)
+        require_parallel(config.train, ranks.world_size, ranks.device)
         ranks.on_main(lambda: check_loggers(config.train.loggers))
         ranks.on_main(lambda: check_login(config.train.loggers))
         newest = ranks.on_main(lambda: _newest(run))
@@ -179,6 +181,7 @@ def dry_run_plan(
     if init_from is not None and parse_hub_name(init_from) is None:
         open_weights(init_from)
     picked = pick_device(device)
+    require_parallel(config.train, world_size, picked)
     limit = None
     if config.train.max_batch_per_rank == AUTO:
         limit = estimated_batch(config, picked, world_size, ranks_here)

@@ -29,17 +29,17 @@ from xar_cli.model import XAR
 FSDP_ON_CPU = hasattr(torch.cpu.Stream, "record_event")  # it asks the device's streams for events; torch 2.6 has none
 
 
-def spread(model: XAR, train: TrainConfig, ranks: Ranks) -> nn.Module:
-    """Make a model ready for training on these ranks; returns what to call for a forward pass.
-
-    Raises:
-        UserError: FSDP on the CPU with a torch that cannot do it.
-    """
-    if train.parallel == "fsdp" and ranks.world_size > 1 and ranks.device.type == "cpu" and not FSDP_ON_CPU:
+def require_parallel(train: TrainConfig, world_size: int, device: torch.device) -> None:
+    """Raise a UserError where this torch cannot spread a model so: FSDP on the CPU, with torch 2.6."""
+    if train.parallel == "fsdp" and world_size > 1 and device.type == "cpu" and not FSDP_ON_CPU:
         raise UserError(
             f"train.parallel=fsdp on a CPU needs a newer torch than {torch.__version__}.",
             "Use --set train.parallel=ddp, or `pip install --upgrade torch`.",
         )
+
+
+def spread(model: XAR, train: TrainConfig, ranks: Ranks) -> nn.Module:
+    """Make a model ready for training on these ranks; returns what to call for a forward pass."""
     if train.compile:
         compile_blocks(model)
     if train.activation_checkpointing:

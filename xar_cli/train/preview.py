@@ -6,6 +6,7 @@ labels every time, from the first average of the weights. Nothing that goes wron
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -82,7 +83,14 @@ class Preview:
         Raises:
             StopError: by `interrupt` of any rank.
         """
-        grid, evaluation = self._due(state.step, missing)
+        try:
+            self._look(state, records, interrupt, *self._due(state.step, missing))
+        finally:
+            gc.collect()  # a compiled network is a cycle of references, and shall not stay beside the training's
+
+    def _look(
+        self, state: TrainState, records: Records, interrupt: Callable[[], None], grid: bool, evaluation: bool
+    ) -> None:
         if grid:
             records.image(state.step, self.save_grid(state, interrupt))
         if evaluation:

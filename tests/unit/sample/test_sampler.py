@@ -186,7 +186,7 @@ def test_recorded_passes_give_the_same_images(entity, interval):
     model, record = small_model(entity), Replays()
     plan = plan_for(model, interval=interval)
     unguided = dataclasses.replace(plan, guidance=(1.0,) * len(plan.guidance))
-    network = SamplingNetwork(model, record)
+    network = SamplingNetwork(model, lambda: record)
     for indices, how in (((0, 1, 2), unguided), ((0, 1, 2), plan), ((3, 4, 5), plan), ((6, 7, 8), plan), ((9,), plan)):
         assert torch.equal(draw(network, how, indices), draw(model, how, indices))
     assert 0 < record.recorded < 30
@@ -196,17 +196,45 @@ def test_recorded_passes_give_the_same_images(entity, interval):
 def test_a_pass_is_recorded_at_its_second_use():
     """Three evaluations an entity of 4, a first one without a null branch, and commits: each has its own pass."""
     model, record = small_model(), Replays()
-    network, plan = SamplingNetwork(model, record), plan_for(model, num_steps=(3, 3, 3, 3))
+    network, plan = SamplingNetwork(model, lambda: record), plan_for(model, num_steps=(3, 3, 3, 3))
     draw(network, plan)
     assert (record.recorded, record.replayed) == (5, 2 + 2 * 3 + 2 + 3)  # and commits of entities 1, 2; modulation
     draw(network, plan)
     assert record.recorded == 6  # the commit of entity 0
 
 
+def test_a_larger_batch_is_recorded_anew():
+    """With a recorder of its own: the graphs of the one before are gone, and their pool of memory with them."""
+    model, made = small_model(), []
+    network, plan = SamplingNetwork(model, lambda: made.append(Replays()) or made[-1]), plan_for(model)
+    for indices, recorders in (((0, 1), 1), ((2,), 1), ((3, 4), 1), ((0, 1, 2), 2), ((3, 4), 2), ((5, 6, 7), 2)):
+        assert torch.equal(draw(network, plan, indices), draw(model, plan, indices))
+        assert len(made) == recorders
+
+
+def test_a_smaller_batch_is_not_compiled_for(monkeypatch):
+    torch._dynamo.reset()
+    whole, compiled = torch.compile, []
+
+    def backend(graph, inputs):
+        compiled.append(graph)
+        return graph.forward
+
+    monkeypatch.setattr(network.torch, "compile", lambda part, dynamic: whole(part, dynamic=dynamic, backend=backend))
+    ready, plan = prepare_network(small_model(), "fp32", compiled=True), plan_for(small_model())
+    draw(ready, plan, (0, 1, 2))
+    first = len(compiled)
+    expected = draw(small_model(), plan, (3, 4))
+    torch.testing.assert_close(draw(ready, plan, (3, 4)), expected, rtol=1e-5, atol=1e-5)
+    assert len(compiled) == first > 0
+    draw(ready, plan, (0, 1, 2, 3))
+    assert len(compiled) > first
+
+
 def test_passes_beyond_a_limit_are_not_recorded(monkeypatch):
     monkeypatch.setattr(network, "MOST_RECORDED", 2)
     model, record = small_model(), Replays()
-    ready = SamplingNetwork(model, record)
+    ready = SamplingNetwork(model, lambda: record)
     for _ in range(2):
         assert torch.equal(draw(ready, plan_for(model)), draw(model, plan_for(model)))
     assert record.recorded == 2

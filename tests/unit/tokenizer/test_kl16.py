@@ -9,7 +9,6 @@ import torch
 from safetensors.torch import save_file
 
 from tests.seeded import kl16_shapes, kl16_state
-from xar_cli import tokenizer as tokenizer_package
 from xar_cli.config import load_recipe
 from xar_cli.errors import UserError
 from xar_cli.tokenizer import load_tokenizer
@@ -114,7 +113,8 @@ def test_compiled_halves_give_the_same_numbers(files, monkeypatch):
     monkeypatch.setattr(
         torch, "compile", lambda f, dynamic: whole(f, dynamic=dynamic, backend=compiler, fullgraph=True)
     )
-    exact, compiled = (load_kl16(files / "kl16.ckpt", CPU, compiled=compiled) for compiled in (False, True))
+    exact, compiled = (load_kl16(files / "kl16.ckpt", CPU) for _ in range(2))
+    compiled.compile("encode"), compiled.compile("decode")
     generator = torch.Generator().manual_seed(0)
     images, latents = (
         torch.rand(3, 3, 16, 16, generator=generator) * 2 - 1,
@@ -129,14 +129,20 @@ def test_compiled_halves_give_the_same_numbers(files, monkeypatch):
 
 
 def test_a_long_job_on_a_gpu_is_compiled(files, monkeypatch):
-    built = []
-    monkeypatch.setattr(tokenizer_package, "load_kl16", lambda *arguments: built.append(arguments[3]))
-    config = load_recipe("base")
-    for device in ("cuda", "cpu"):
-        for images in (1_000, 50_000):
-            load_tokenizer(config, files / "kl16.ckpt", torch.device(device), "fp16", ("decode", images))
-    load_tokenizer(config, files / "kl16.ckpt", torch.device("cuda"))
-    assert built == [False, True, False, False, False]
+    kl16, compiled = load_kl16(files / "kl16.ckpt", CPU), []
+    monkeypatch.setattr(kl16, "compile", compiled.append)
+    for device in ("cpu", "cuda"):
+        kl16.device = torch.device(device)
+        for half in ("encode", "decode"):
+            for images in (1_000, 100_000):
+                kl16.expect(half, images * 256**2)
+    assert compiled == ["encode", "decode"]
+
+
+@pytest.mark.parametrize("precision", ["tf32", "fp16"])
+def test_what_only_a_gpu_has_is_refused_on_a_cpu(files, precision):
+    with pytest.raises(UserError, match=f"KL-16 in {precision} needs a GPU. Use fp32 or bf16"):
+        load_tokenizer(load_recipe("base"), files / "kl16.ckpt", CPU, precision)
 
 
 def test_an_oblong_image_goes_through_with_its_own_grid(files):
