@@ -1,6 +1,6 @@
 """The paper's Tables 3, 4 and 5 in miniature: every kind of entity, cell size and context, on handwritten digits.
 
-    python -m benchmarks.entities --out entities                           # a day on two cores; can be interrupted
+    python -m benchmarks.entities --out entities                           # many hours on two cores; can be interrupted
     python -m benchmarks.entities --out entities --device cuda --tables 4  # one table, compiled and in bf16
     python -m benchmarks.entities --out entities --tables 4 --report       # only write what is there
 

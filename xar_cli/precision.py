@@ -1,8 +1,7 @@
-"""The arithmetic that a `precision` stands for, and when compiling it pays, in one place for all stages."""
+"""The arithmetic that a `precision` stands for, in one place for all stages."""
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
@@ -10,8 +9,6 @@ from typing import Any
 import torch
 
 AUTOCAST_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
-# Compiling takes about a minute of a CPU or a GPU that would do so much work meanwhile: FLOP, both rounded down.
-COMPILE_PAYS_FROM = {"cpu": 5e13, "cuda": 1e16}
 
 
 def autocast(precision: str, device: torch.device) -> AbstractContextManager[Any]:
@@ -23,12 +20,6 @@ def autocast(precision: str, device: torch.device) -> AbstractContextManager[Any
 def set_matmul_precision(precision: str) -> None:
     """Let float32 matrix products use TF32 where the recipe says tf32, and full float32 everywhere else."""
     torch.set_float32_matmul_precision("high" if precision == "tf32" else "highest")
-
-
-def compile_pays(flops: float, device: torch.device) -> bool:
-    """Whether a job of so many FLOP is worth the time of compiling, and there is a compiler."""
-    has_compiler = device.type != "cpu" or any(shutil.which(name) for name in ("g++", "clang++", "c++"))
-    return has_compiler and flops >= COMPILE_PAYS_FROM.get(device.type, float("inf"))
 
 
 @contextmanager

@@ -18,7 +18,7 @@ PACKAGE = Path(xar_cli.__file__).parent
 ORDER = [
     {"errors", "logs", "run_dir"},
     {"config"},
-    {"distributed", "precision", "tensor_files", "hub", "lock"},
+    {"distributed", "precision", "compiler", "tensor_files", "hub", "lock"},
     {"data", "tokenizer"},
     {"model"},
     {"flow"},

@@ -13,12 +13,13 @@ from typing import Any
 import torch
 from PIL import Image
 
+from xar_cli.compiler import compile_pays
 from xar_cli.config.schema import Config
 from xar_cli.distributed import Ranks, process_group
 from xar_cli.errors import UserError
 from xar_cli.logs import log, progress
 from xar_cli.model import XAR
-from xar_cli.precision import autocast, compile_pays, set_matmul_precision
+from xar_cli.precision import autocast, set_matmul_precision
 from xar_cli.run_dir import write_json
 from xar_cli.sample.images import PngWriter, grid_image, load_images
 from xar_cli.sample.manifest import MANIFEST, check_out, make_manifest, packs_to_write
@@ -206,7 +207,7 @@ def draw_images(
         uint8 (B, channels, height, width).
 
     Raises:
-        UserError: `must_be_finite`, and the latents of some images are not (exit code 1).
+        UserError: `must_be_finite`, and latents or pixels of some images are not (exit code 1).
     """
     images, finite = queue_images(config, network, codec, seed, indices, labels, device, observe)
     if must_be_finite:

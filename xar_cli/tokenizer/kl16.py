@@ -19,10 +19,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from xar_cli.compiler import compile_pays
 from xar_cli.config.schema import KL16_CHANNELS, KL16_STRIDE
 from xar_cli.errors import UserError
 from xar_cli.hub import local_file
-from xar_cli.precision import compile_pays, float32_arithmetic
+from xar_cli.precision import float32_arithmetic
 from xar_cli.tensor_files import State, check_state, is_state, read_tensor_file
 from xar_cli.tokenizer.protocol import Half
 

@@ -6,7 +6,6 @@ compiled, recomputed in the backward pass, sharded.
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -20,6 +19,7 @@ from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
+from xar_cli.compiler import has_compiler
 from xar_cli.config.schema import TrainConfig
 from xar_cli.distributed import Ranks, whole_tensor
 from xar_cli.errors import UserError
@@ -62,11 +62,10 @@ def compile_blocks(model: XAR) -> None:
 
     On a CPU they draw from torch's generator, as eager code does: see model/dropout.py.
     """
-    on_cpu = model.rope.device.type == "cpu"
-    if on_cpu and not any(shutil.which(name) for name in ("g++", "clang++", "c++")):
+    if not has_compiler(model.rope.device):
         log.warning("No C++ compiler is installed: training runs uncompiled, which is slower.")
         return
-    options: dict[str, Any] | None = {"fallback_random": True} if on_cpu else None
+    options: dict[str, Any] | None = {"fallback_random": True} if model.rope.device.type == "cpu" else None
     for block in model.blocks:
         block.forward = torch.compile(block.forward, options=options)
 

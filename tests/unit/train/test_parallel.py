@@ -1,3 +1,4 @@
+import shutil
 from functools import partial
 
 import pytest
@@ -56,7 +57,7 @@ def test_one_graph_serves_all_blocks(monkeypatch, entity):
 
 
 def test_without_a_compiler_the_blocks_stay_eager(monkeypatch, caplog):
-    monkeypatch.setattr(parallel.shutil, "which", lambda name: None)
+    monkeypatch.setattr(shutil, "which", lambda name: None)
     model = XAR(small_recipe())
     before = [block.forward for block in model.blocks]
     parallel.compile_blocks(model)
