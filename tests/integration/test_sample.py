@@ -14,6 +14,7 @@ import torch
 from PIL import Image
 
 from tests.samples import ENVIRONMENT, command, pixels, refused, sample, small_config, small_weights, xar
+from xar_cli.config.recipes import override
 from xar_cli.distributed import Ranks
 from xar_cli.errors import UserError
 from xar_cli.model import XAR
@@ -323,6 +324,20 @@ def test_only_a_preview_shows_what_is_not_finite():
         stage.draw_images(*arguments)
     assert caught.value.exit_code == 1
     assert stage.draw_images(*arguments, must_be_finite=False).shape == (2, 1, 8, 8)
+
+
+def test_a_decoder_of_narrow_range_is_suspected_first():
+    """fp16 ends at 65,504: what the latents do not show may come from there."""
+
+    class Codec:
+        def decode(self, latents):
+            return torch.full((len(latents), 3, 8, 8), float("inf"))
+
+    small = override(small_config(), ["sample.decoder_precision=fp16"])
+    network = SamplingNetwork(XAR(small).eval())
+    init_weights(network.model, torch.Generator().manual_seed(1))
+    with pytest.raises(UserError, match=r"not a number: 4\. Try `--set sample\.decoder_precision=fp32`, `--set train"):
+        stage.draw_images(small, network, Codec(), 0, [4], [1], torch.device("cpu"))
 
 
 @pytest.mark.parametrize("rank", [0, 1])

@@ -154,7 +154,7 @@ def _draw(
     ):
 
         def finish(indices: list[int], images: Fetch, finite: Fetch) -> None:
-            _require_finite(finite(), indices, config.train.precision)
+            _require_finite(finite(), indices, config)
             for index, image in zip(indices, images().numpy(), strict=True):
                 writer.write(index, image)
             bar.update(len(indices))
@@ -211,7 +211,7 @@ def draw_images(
     """
     images, finite = queue_images(config, network, codec, seed, indices, labels, device, observe)
     if must_be_finite:
-        _require_finite(finite, indices, config.train.precision)
+        _require_finite(finite, indices, config)
     return images
 
 
@@ -236,15 +236,16 @@ def queue_images(
     return to_uint8(pixels), finite[0] & finite[1]
 
 
-def _require_finite(finite: torch.Tensor, indices: list[int], precision: str) -> None:
+def _require_finite(finite: torch.Tensor, indices: list[int], config: Config) -> None:
     if finite.all():
         return
     bad = [str(index) for index, good in zip(indices, finite.tolist(), strict=True) if not good]
     named = ", ".join(bad[:10]) + (", ..." if len(bad) > 10 else "")
+    narrow = "`--set sample.decoder_precision=fp32`, " if config.sample.decoder_precision == "fp16" else ""
     raise UserError(
         f"Images came out infinite or not a number: {named}.",
-        f"Try `--set train.precision={'fp32' if precision == 'bf16' else 'bf16'}` or a lower --guidance-scale; "
-        "otherwise the weights are at fault.",
+        f"Try {narrow}`--set train.precision={'fp32' if config.train.precision == 'bf16' else 'bf16'}` or a lower "
+        "--guidance-scale; otherwise the weights are at fault.",
         exit_code=1,
     )
 
