@@ -23,6 +23,7 @@ from xar_cli.cache.jobs import Job
 from xar_cli.data.cache_file import WRITTEN
 from xar_cli.data.images import BadImageError, printable
 from xar_cli.data.latents import LatentWriter
+from xar_cli.device_memory import memory_for
 from xar_cli.errors import UserError
 from xar_cli.logs import Progress
 from xar_cli.run_dir import format_bytes
@@ -96,7 +97,9 @@ def encode_blocks(
             done = writer.states[block.start : block.stop] == WRITTEN
             keep = np.flatnonzero(~done & ~np.isin(np.arange(len(done)), list(failures)))
             if len(keep):
-                store.put(block.start + keep, keep, job.encode(items))
+                with memory_for(f"Encoding {len(items)} images at a time", "Lower --batch-size: it goes on from here."):
+                    moments = job.encode(items)
+                store.put(block.start + keep, keep, moments)
             store.raise_if_failed()
     finally:
         store.close()

@@ -22,6 +22,7 @@ import numpy as np
 
 from xar_cli.config.schema import pixels_text, sides_text
 from xar_cli.data.images import BadImageError
+from xar_cli.device_memory import memory_for
 from xar_cli.distributed import Ranks
 from xar_cli.errors import UserError
 from xar_cli.evaluate.images import FolderImages, ImageSet
@@ -195,7 +196,12 @@ def _write_rows(
     if short > 0:  # one batch shape for a compiled network: repeat the last image and drop its features
         pixels = np.concatenate([pixels, np.repeat(pixels[-1:], short, axis=0)])
     rows = [row for row, _ in good]
-    for layer, values in network.features(pixels).items():
+    with memory_for(
+        f"The network '{network.name}' on {batch_size} images at a time",
+        "Lower --batch-size, or sample.batch_size where it is training that evaluates.",
+    ):
+        features = network.features(pixels)
+    for layer, values in features.items():
         if not np.isfinite(values[: len(rows)]).all():
             raise UserError(
                 f"The network '{network.name}' gave features that are not finite.", "Check its weights.", exit_code=1

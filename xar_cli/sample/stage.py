@@ -15,6 +15,7 @@ from PIL import Image
 
 from xar_cli.compiler import compile_pays
 from xar_cli.config.schema import Config
+from xar_cli.device_memory import memory_for
 from xar_cli.distributed import Ranks, process_group
 from xar_cli.errors import UserError
 from xar_cli.logs import log, progress
@@ -229,11 +230,12 @@ def queue_images(
     """As `draw_images`, without waiting for a GPU: uint8 images, and which of them (B,) were finite before."""
     noise = AddressedNoise(seed, indices, config.latent_channels, device)
     classes = torch.tensor(labels).to(device, non_blocking=True)
-    with autocast(config.train.precision, device):
-        latents = sample_latents(network, classes, noise, SamplingPlan.of(config), observe)
-    pixels = codec.decode(latents)
-    finite = [torch.isfinite(values).flatten(1).all(dim=1) for values in (latents, pixels)]
-    return to_uint8(pixels), finite[0] & finite[1]
+    with memory_for(f"Drawing {len(indices)} images at a time", "Lower --batch-size, or --set sample.batch_size."):
+        with autocast(config.train.precision, device):
+            latents = sample_latents(network, classes, noise, SamplingPlan.of(config), observe)
+        pixels = codec.decode(latents)
+        finite = [torch.isfinite(values).flatten(1).all(dim=1) for values in (latents, pixels)]
+        return to_uint8(pixels), finite[0] & finite[1]
 
 
 def _require_finite(finite: torch.Tensor, indices: list[int], config: Config) -> None:

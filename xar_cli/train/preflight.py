@@ -13,13 +13,14 @@ import torch
 from torch import Tensor
 
 from xar_cli.config.schema import Config
+from xar_cli.device_memory import is_out_of_memory
 from xar_cli.distributed import Ranks
 from xar_cli.errors import UserError
 from xar_cli.logs import log
 from xar_cli.run_dir import format_bytes
 from xar_cli.train.cost import batch_that_fits, device_bytes
 from xar_cli.train.plan import AUTO, TrainPlan, memory_warning
-from xar_cli.train.probe import find_batch, is_out_of_memory, is_sharded, share_of_device
+from xar_cli.train.probe import find_batch, is_sharded, share_of_device
 from xar_cli.train.state import TrainState
 from xar_cli.train.step import Batches, backward
 

@@ -7,7 +7,8 @@ labels every time, from the first average of the weights. Nothing that goes wron
 from __future__ import annotations
 
 import gc
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ import numpy as np
 import torch
 
 from xar_cli.config.schema import Config
+from xar_cli.device_memory import memory_for
 from xar_cli.distributed import Ranks, whole_tensor
 from xar_cli.errors import UserError
 from xar_cli.evaluate import Settings as Measure
@@ -92,16 +94,11 @@ class Preview:
         self, state: TrainState, records: Records, interrupt: Callable[[], None], grid: bool, evaluation: bool
     ) -> None:
         if grid:
-            records.image(state.step, self.save_grid(state, interrupt))
+            with _run_goes_on(f"The preview of step {state.step}"):
+                records.image(state.step, self.save_grid(state, interrupt))
         if evaluation:
-            try:
-                found = self.evaluate(state, interrupt)
-            except StopError:
-                raise
-            except UserError as error:
-                log.error("The evaluation of step %d failed, and the run goes on: %s", state.step, error)
-            else:
-                records.write({"step": state.step, "evaluation": found})
+            with _run_goes_on(f"The evaluation of step {state.step}"):
+                records.write({"step": state.step, "evaluation": self.evaluate(state, interrupt)})
 
     def is_due(self, step: int) -> bool:
         """Whether `look` has something to do at this step."""
@@ -190,7 +187,24 @@ class Preview:
             model = XAR(self._config)
         whole = {name: whole_tensor(tensor) for name, tensor in tensors.items()}
         model.load_state_dict(whole, strict=True, assign=True)
-        return ready_network(self._config, model.to(self._ranks.device).eval(), -(-images // self._ranks.world_size))
+
+        def prepared() -> SamplingNetwork:
+            mine = -(-images // self._ranks.world_size)
+            with memory_for("A copy of the network to draw with", "Lower train.max_batch_per_rank."):
+                return ready_network(self._config, model.to(self._ranks.device).eval(), mine)
+
+        return self._ranks.on_all(prepared)
+
+
+@contextmanager
+def _run_goes_on(what: str) -> Iterator[None]:
+    """Whatever a person can mend is told and does not end the run; a stop signal does."""
+    try:
+        yield
+    except StopError:
+        raise
+    except UserError as error:
+        log.error("%s failed, and the run goes on: %s", what, error)
 
 
 def check_evaluation(config: Config, reference: Path | None, measure: Measure) -> None:

@@ -12,6 +12,7 @@ from collections.abc import Callable, Sequence
 
 import torch
 
+from xar_cli.device_memory import is_out_of_memory
 from xar_cli.distributed import Ranks
 from xar_cli.train.cost import ADAM_STATES
 from xar_cli.train.parallel import local_part, synchronised
@@ -112,13 +113,6 @@ def used_by(trial: Trial, batch: int, state: TrainState, device: torch.device) -
     del held
     forget(state, device)
     return used
-
-
-def is_out_of_memory(error: BaseException) -> bool:
-    """Whether an error says that the device's memory did not suffice; libraries have their own words for it."""
-    if isinstance(error, torch.cuda.OutOfMemoryError):
-        return True
-    return isinstance(error, RuntimeError) and ("out of memory" in str(error).lower() or "ALLOC_FAILED" in str(error))
 
 
 def missing_optimizer_bytes(state: TrainState) -> int:

@@ -15,6 +15,7 @@ from xar_cli.config import load_config_file
 from xar_cli.errors import UserError
 from xar_cli.logs import log, read_metrics
 from xar_cli.run_dir import RunDir
+from xar_cli.sample import stage
 from xar_cli.train import preview
 from xar_cli.train.loop import dry_run_plan, train
 from xar_cli.train.status import run_status
@@ -110,6 +111,23 @@ def test_a_failed_evaluation_does_not_end_the_run(data, tmp_path, caplog):
     assert found["steps"] == 10
     assert "The evaluation of step 5 failed, and the run goes on" in caplog.text
     assert not [record for record in read_metrics(RunDir(tmp_path / "run").metrics) if "evaluation" in record]
+
+
+@pytest.mark.parametrize("grid", [True, False], ids=["grid", "evaluation"])
+def test_memory_that_does_not_suffice_for_a_look_does_not_end_the_run(data, tmp_path, monkeypatch, caplog, grid):
+    """Training holds its memory; what is drawn beside it comes on top."""
+
+    def full(*_):
+        raise torch.cuda.OutOfMemoryError("CUDA out of memory.")
+
+    log.propagate = True  # for caplog
+    monkeypatch.setattr(stage, "sample_latents", full)
+    look = ("train.preview_every=5",) if grid else ("train.eval_every=1", "train.eval_count=12")
+    real, out = make_images(tmp_path / "real"), tmp_path / "run"
+    config = small_recipe(*look, "evaluate.protocol=digits", "sample.batch_size=4")
+    assert train(settings(config, data, out, reference=real))["steps"] == 10
+    what = "preview" if grid else "evaluation"
+    assert f"The {what} of step 5 failed, and the run goes on: Drawing 4 images at a time does not fit" in caplog.text
 
 
 LOOKING = ("train.preview_every=5", "train.preview_count=9", "train.eval_every=1", "train.eval_count=12",
