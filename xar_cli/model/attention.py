@@ -204,7 +204,7 @@ def dot_product_attention(
     """softmax(Q K^T / sqrt(E)) V, by `F.scaled_dot_product_attention` unless two matrix products are faster.
 
     They are on a CPU, whose fused kernel reaches a fifth of what its matrix products do, and draws dropout one by one;
-    unless the scores get so many that writing them down costs more, or would have to be kept for a backward pass.
+    unless the scores get so many that writing them down costs more, or must be kept in float32 for a backward pass.
 
     Args:
         queries: (B, H, N, E).
@@ -216,7 +216,7 @@ def dot_product_attention(
         (B, H, N, E).
     """
     pairs = queries.shape[2] * keys.shape[2]
-    costs_more = pairs > MOST_PAIRS_UNFUSED or queries.requires_grad
+    costs_more = pairs > MOST_PAIRS_UNFUSED or (queries.requires_grad and queries.dtype == torch.float32)
     if queries.device.type != "cpu" or (costs_more and dropout == 0):
         return F.scaled_dot_product_attention(queries, keys, values, attn_mask=mask, dropout_p=dropout)
     scores = queries * queries.shape[-1] ** -0.5 @ keys.transpose(-1, -2)  # (B, H, N, S)

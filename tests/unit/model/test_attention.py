@@ -72,6 +72,29 @@ def test_all_paths_agree_with_a_dense_mask(lengths, past):
     torch.testing.assert_close(block_causal_attention(q, k, v, lengths), dense, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize(("dtype", "fused", "tolerance"), [(torch.float32, 4, 1e-5), (torch.bfloat16, 0, 2e-2)])
+def test_training_without_dropout_takes_the_faster_attention(monkeypatch, dtype, fused, tolerance):
+    """On a CPU: torch's kernel in float32, whose backward pass in bf16 takes several times as long as two products."""
+    calls = []
+
+    def counted(*arguments, real=F.scaled_dot_product_attention, **options):
+        calls.append(1)
+        return real(*arguments, **options)
+
+    exact = [torch.randn(2, 3, 256, 8, dtype=torch.float64, requires_grad=True) for _ in range(3)]
+    inputs = [x.detach().to(dtype).requires_grad_() for x in exact]
+    upstream = torch.randn(2, 3, 256, 8)
+    expected = F.scaled_dot_product_attention(*exact, attn_mask=block_causal_mask((64,) * 4))
+    expected.backward(upstream.double())
+    monkeypatch.setattr(F, "scaled_dot_product_attention", counted)
+    found = block_causal_attention(*inputs, (64,) * 4)
+    found.backward(upstream.to(dtype))
+    assert len(calls) == fused
+    torch.testing.assert_close(found.double(), expected, rtol=tolerance, atol=tolerance)
+    for mine, theirs in zip(inputs, exact, strict=True):
+        torch.testing.assert_close(mine.grad.double(), theirs.grad, rtol=tolerance, atol=tolerance)
+
+
 def test_later_tokens_do_not_reach_earlier_entities():
     q, k, v = (torch.randn(1, 1, 96, 8) for _ in range(3))
     before = block_causal_attention(q, k, v, (32, 32, 32))
