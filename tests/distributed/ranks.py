@@ -135,7 +135,8 @@ def _main(path: Path) -> None:
         loop.PROBED_DEVICES = ("cuda",) if holds is None else ("cpu",)
         data = job.get("rank_data", {}).get(str(rank), job["data"])
         try:
-            loop.train(settings(small_recipe(*overrides), Path(data), Path(job["out"]), **job.get("more", {})))
+            more = {**job.get("more", {}), **job.get("rank_more", {}).get(str(rank), {})}
+            loop.train(settings(small_recipe(*overrides), Path(data), Path(job["out"]), **more))
             said[name] = "done"
         except UserError as error:
             said[name] = str(error)

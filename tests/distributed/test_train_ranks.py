@@ -48,6 +48,9 @@ def said(data, folder):
             f"{parallel} cut": job("", spread, out=f"{parallel} cut", fail_at=6),
             f"{parallel} resumed": job("", spread, out=f"{parallel} cut"),
         }
+    for name, source in {"unlike": folder / "ddp", "missing": folder / "nowhere"}.items():
+        starts = {"0": {"init_from": str(folder / "fsdp")}, "1": {"init_from": str(source)}}
+        jobs[f"{name} starts"] = job(f"{name} starts", *PLAIN, rank_more=starts)
     jobs["two then one"] = job("two then one", *PLAIN, fail_at=6)
     jobs["unlike recipes"] = job("unlike", rank_overrides={"1": ["train.base_lr=0.5"]})
     jobs["too few images"] = job("few", "train.global_batch_size=64")
@@ -160,6 +163,12 @@ def test_bad_input_is_the_same_sentence_on_all_ranks(said, folder):
     assert all("fewer than one global batch" in sentence for sentence in said["too few images"])
     assert all("cannot be divided over 2 ranks" in sentence for sentence in said["no such division"])
     assert not (folder / "few").exists()
+
+
+@pytest.mark.parametrize(("name", "sentence"), [("unlike", "not the same file on all ranks"), ("missing", "nowhere")])
+def test_ranks_start_from_the_same_weights_or_not_at_all(said, folder, name, sentence):
+    assert all(sentence in told for told in said[f"{name} starts"])
+    assert not (folder / f"{name} starts").exists()
 
 
 def test_all_ranks_draw_the_preview(said, folder):

@@ -118,6 +118,13 @@ def order_misfit(order: Order, num_entities: int) -> str | None:
     return None
 
 
+def order_text(order: Order) -> str:
+    """An order for people, behind a comma."""
+    if order == "raster":
+        return ", in raster order"
+    return ", from the centre outwards" if order == "centre_out" else f", in the order {' '.join(map(str, order))}"
+
+
 class CellEntity(Section):
     """An entity is a rectangle of neighbouring tokens (the paper's choice: squares in raster order)."""
 
@@ -129,6 +136,11 @@ class CellEntity(Section):
     def shape(self) -> tuple[int, int]:
         """Rows and columns of one cell."""
         return height_and_width(self.size)
+
+    def text(self, grid: tuple[int, int]) -> str:
+        """What the entities of a grid are, for people."""
+        (height, width), (rows, columns) = grid, self.shape
+        return f"{height // rows * (width // columns)} cells of {sides_text(self.shape)} tokens{order_text(self.order)}"
 
     def misfit(self, grid: tuple[int, int]) -> str | None:
         """Why this entity cannot group a grid, or None."""
@@ -144,6 +156,10 @@ class TokenEntity(Section):
     kind: Literal["token"]
     order: Order = Field("raster", description=ORDER_HELP)
 
+    def text(self, grid: tuple[int, int]) -> str:
+        """What the entities of a grid are, for people."""
+        return f"{grid[0] * grid[1]} tokens{order_text(self.order)}"
+
     def misfit(self, grid: tuple[int, int]) -> str | None:
         """Why this entity cannot group a grid, or None."""
         return order_misfit(self.order, grid[0] * grid[1])
@@ -153,6 +169,10 @@ class ImageEntity(Section):
     """The one entity is the whole image: plain flow matching."""
 
     kind: Literal["image"]
+
+    def text(self, grid: tuple[int, int]) -> str:
+        """What the entities of a grid are, for people."""
+        return "the whole image"
 
     def misfit(self, grid: tuple[int, int]) -> str | None:
         """Why this entity cannot group a grid: it always can."""
@@ -170,6 +190,11 @@ class SubsampleEntity(Section):
     def strides(self) -> tuple[int, int]:
         """Distance of an entity's tokens from row to row, and from column to column."""
         return height_and_width(self.stride)
+
+    def text(self, grid: tuple[int, int]) -> str:
+        """What the entities of a grid are, for people."""
+        rows, columns = self.strides
+        return f"{rows * columns} subsamples at a stride of {sides_text(self.strides)} tokens{order_text(self.order)}"
 
     def misfit(self, grid: tuple[int, int]) -> str | None:
         """Why this entity cannot group a grid, or None."""
@@ -192,6 +217,11 @@ class ScaleEntity(Section):
     def shapes(self) -> tuple[tuple[int, int], ...]:
         """Rows and columns of every scale."""
         return tuple(height_and_width(size) for size in self.sizes)
+
+    def text(self, grid: tuple[int, int]) -> str:
+        """What the entities of a grid are, for people."""
+        listed = ", ".join(map(short_sides_text, self.sizes))
+        return f"{len(self.sizes)} scales of {listed} tokens a side ({self.resize})"
 
     def misfit(self, grid: tuple[int, int]) -> str | None:
         """Why this entity cannot group a grid, or None."""
@@ -411,6 +441,11 @@ class Config(Section):
         """Rows and columns (H, W) of the latent grid."""
         height, width = self.data.image_shape
         return height // self.stride, width // self.stride
+
+    @property
+    def entity_text(self) -> str:
+        """What X is, for people: '4 cells of 8 x 8 tokens, in raster order, on a grid of 16 x 16'."""
+        return f"{self.entity.text(self.grid)}, on a grid of {sides_text(self.grid)}"
 
     @property
     def null_label(self) -> int:

@@ -131,6 +131,17 @@ def build_grouping(entity: EntityConfig, grid: tuple[int, int]) -> Grouping:
     return ScalePyramid(grid, tuple(rows * columns for rows, columns in sizes), coordinates, sizes, entity.resize)
 
 
+def places_in(theirs: Grouping, ours: Grouping) -> Tensor | None:
+    """Where each token of ours stands in their sequence, (N,); None where the tokens are not the same.
+
+    What was learned for each place of their sequence, as positions were, is right for ours in this order.
+    """
+    if isinstance(theirs, PermutedGrid) and isinstance(ours, PermutedGrid) and theirs.grid == ours.grid:
+        return theirs.order.argsort()[ours.order]
+    same = theirs.lengths == ours.lengths and torch.equal(theirs.coordinates, ours.coordinates)
+    return torch.arange(ours.num_tokens) if same else None
+
+
 def _raster(grid: tuple[int, int]) -> Tensor:
     """(H, W) number of every token in raster order."""
     return torch.arange(grid[0] * grid[1]).view(grid)

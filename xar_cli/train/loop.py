@@ -28,7 +28,7 @@ from xar_cli.precision import set_matmul_precision
 from xar_cli.run_dir import RunDir
 from xar_cli.train.cost import peak_flops
 from xar_cli.train.draws import draw_mirrored, draw_step
-from xar_cli.train.initial import init_from
+from xar_cli.train.initial import init_from, open_start
 from xar_cli.train.parallel import require_parallel
 from xar_cli.train.plan import AUTO, TrainPlan, make_plan
 from xar_cli.train.preflight import (
@@ -58,7 +58,6 @@ from xar_cli.train.state import TrainState
 from xar_cli.train.status import noted_state
 from xar_cli.train.step import take_step
 from xar_cli.train.window import BadStep, Window
-from xar_cli.weights import open_weights
 
 WARM_UP_STEPS = 4  # of a measurement of speed
 # Beside the progress bar, each with its format.
@@ -179,7 +178,7 @@ def dry_run_plan(
         return make_plan(config, world_size, config.data.num_images)
     check_evaluation(config, reference, measure or Measure())
     if init_from is not None and parse_hub_name(init_from) is None:
-        open_weights(init_from)
+        open_start(init_from, config)
     picked = pick_device(device)
     require_parallel(config.train, world_size, picked)
     limit = None

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from xar_cli.config.schema import Config, sides_text
+from xar_cli.config.schema import Config
 from xar_cli.errors import UserError
 from xar_cli.model import XAR
 from xar_cli.model.transformer import count_parameters
@@ -161,7 +161,8 @@ def describe_plan(config: Config, plan: TrainPlan, out: Path) -> list[tuple[str,
         ("recipe", f"{config.name}: {config.description}"),
         ("parameters", f"{plan.parameters / 1e6:.1f} M"),
         ("data", f"{config.data.dataset}, {plan.num_images:,} images of {config.data.size_text}"),
-        ("entities", f"{config.entity.kind}, {sides_text(config.grid)} tokens"),
+        ("entities", config.entity_text),
+        ("context", "clean" if train.context == "clean" else f"noisy, {train.context} timesteps"),
         ("global batch", f"{plan.global_batch_size} = {made_of}"),
         ("steps", f"{plan.total_steps:,} ({train.epochs:g} epochs)"),
         ("learning rate", schedule),

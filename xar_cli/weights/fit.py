@@ -107,20 +107,23 @@ def require_fit(network: Mapping[str, int], config: Config | None, what: str) ->
 
 def require_same_network(stored: Config, asked: Config, what: str) -> None:
     """Raise a UserError unless two configs make the same network on the same latents."""
-    ours, theirs = _facts(stored), _facts(asked)
-    differing = [key for key in ours if ours[key] != theirs[key]]
+    advice = "Leave --recipe, and --set of these, away: the weights carry their own."
+    require_equal(facts_of(stored), facts_of(asked), asked.name, what, advice)
+
+
+def require_equal(theirs: Mapping[str, Any], ours: Mapping[str, Any], recipe: str, what: str, advice: str) -> None:
+    """Raise a UserError that lists all facts in which weights differ from a recipe."""
+    differing = [key for key in theirs if theirs[key] != ours[key]]
     if differing:
         raise UserError(
-            f"{what} was trained with "
-            + ", ".join(f"{key} {ours[key]}" for key in differing)
-            + f"; recipe '{asked.name}' asks for "
-            + ", ".join(f"{key} {theirs[key]}" for key in differing)
-            + ".",
-            "Leave --recipe away: the weights carry their own.",
+            f"{what} was trained with {', '.join(f'{key} {theirs[key]}' for key in differing)}; recipe '{recipe}' asks "
+            f"for {', '.join(f'{key} {ours[key]}' for key in differing)}.",
+            advice,
         )
 
 
-def _facts(config: Config) -> dict[str, Any]:
+def facts_of(config: Config) -> dict[str, Any]:
+    """What makes a network and its latents."""
     return {
         "tokenizer": config.tokenizer.model_dump(),
         "image_size": config.data.image_size,

@@ -14,6 +14,7 @@ from xar_cli.checkpoint import latest_checkpoint
 from xar_cli.config import load_config_file
 from xar_cli.errors import UserError
 from xar_cli.logs import log, read_metrics
+from xar_cli.model import build_grouping
 from xar_cli.run_dir import RunDir
 from xar_cli.sample import stage
 from xar_cli.train import preview
@@ -207,17 +208,66 @@ def test_a_new_class_table(run, data, tmp_path):
     torch.testing.assert_close(ours["model/class_embedding.weight"][0], theirs["ema-0.9/class_embedding.weight"][10])
 
 
-def test_another_network_cannot_be_started_from(run, data, tmp_path):
-    with pytest.raises(UserError, match="is of another network than recipe"):
-        train(settings(small_recipe("model.dim=32"), data, tmp_path / "run", init_from=str(run.root)))
-    assert not (tmp_path / "run").exists()
+@pytest.mark.parametrize("change", ["dim", "depth", "heads"])
+def test_another_network_cannot_be_started_from(run, data, tmp_path, change):
+    """A shallower one would take the first blocks of each stack, one with other heads fits by all shapes."""
+    other = 2 * getattr(small_recipe().model, change)
+    config, out = small_recipe(f"model.{change}={other}"), tmp_path / "run"
+    with pytest.raises(UserError, match=rf"was trained with {change} \d+; recipe 'tiny' asks for {change} {other}"):
+        train(settings(config, data, out, init_from=str(run.root)))
+    with pytest.raises(UserError, match=f"asks for {change} {other}"):
+        dry_run_plan(config, data, out, 1, init_from=str(run.root))
+    assert not out.exists()
+
+
+def test_a_shallower_network_cannot_be_started_from(run, data, tmp_path):
+    deep = tmp_path / "deep"
+    train(settings(small_recipe("model.depth=2", "train.epochs=0.2"), data, deep))
+    with pytest.raises(UserError, match="was trained with depth 2; recipe 'tiny' asks for depth 1"):
+        train(settings(small_recipe("model.depth=1"), data, tmp_path / "run", init_from=str(deep)))
+
+
+def test_another_scale_of_the_latents_cannot_be_started_from(run, tmp_path):
+    config = small_recipe("tokenizer.latent_scale=2")
+    cache = make_cache(tmp_path / "scaled.h5", make_layout(latent_scale=2.0))
+    with pytest.raises(UserError, match="was trained with tokenizer"):
+        train(settings(config, cache, tmp_path / "run", init_from=str(run.root)))
+
+
+@pytest.mark.parametrize(
+    "entity",
+    ["{kind: cell, size: 4, order: [2, 0, 3, 1]}", "{kind: token}", "{kind: subsample, stride: 2}", "{kind: image}"],
+)
+def test_learned_positions_go_with_their_tokens(run, data, tmp_path, entity):
+    """The position that a token of the grid had is the position that it has in the new order."""
+    still = ("train.base_lr=1e-30", "train.min_lr=0", "train.epochs=0.2")
+    config, theirs = small_recipe(f"entity={entity}", *still), load_config_file(run.config)
+    train(settings(config, data, tmp_path / "run", init_from=str(run.root)))
+    started, source = final_tensors(tmp_path / "run"), final_tensors(run.root)
+
+    def on_grid(positions, config):
+        return build_grouping(config.entity, config.grid).to_latents(positions)
+
+    for name in ("pos_encoder", "pos_decoder"):
+        found, expected = on_grid(started[f"model/{name}"], config), on_grid(source[f"ema-0.9/{name}"], theirs)
+        torch.testing.assert_close(found, expected)
+        assert not torch.equal(started[f"model/{name}"], source[f"ema-0.9/{name}"])
+
+
+def test_entities_of_other_tokens_cannot_be_started_from(run, data, tmp_path):
+    scales = tmp_path / "scales"
+    entity = "entity={{kind: scale, sizes: [{}, 8]}}"
+    train(settings(small_recipe(entity.format("[4, 2]"), "train.epochs=0.2"), data, scales))
+    config = small_recipe(entity.format("[2, 4]"))  # as many tokens, at other places
+    with pytest.raises(UserError, match=r"2 scales of 4 x 2, 8 .* learned positions do not fit"):
+        train(settings(config, data, tmp_path / "run", init_from=str(scales)))
 
 
 def test_as_many_tokens_on_another_grid_cannot_be_started_from(run, tmp_path):
     """4 x 16 pixels have the 64 tokens of 8 x 8: the shapes agree, and the learned positions mean other places."""
     config = small_recipe("data.image_size=[4, 16]")
     cache = make_cache(tmp_path / "oblong.h5", make_layout(image_size=(4, 16), grid=(4, 16)))
-    with pytest.raises(UserError, match="grid of 8 x 8 tokens, recipe 'tiny' has 4 x 16"):
+    with pytest.raises(UserError, match=r"was trained with image_size 8; recipe 'tiny' asks for image_size \(4, 16\)"):
         train(settings(config, cache, tmp_path / "run", init_from=str(run.root)))
     assert not (tmp_path / "run").exists()
 
