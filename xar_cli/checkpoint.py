@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import os
-import re
 import shutil
 import zlib
 from collections.abc import Mapping
@@ -24,7 +23,7 @@ from torch import Tensor
 from xar_cli.distributed import whole_tensor
 from xar_cli.errors import UserError
 from xar_cli.logs import log
-from xar_cli.run_dir import RunDir
+from xar_cli.run_dir import RunDir, step_of
 
 STATE_FILE = "state.json"
 MEND = "Mend its permissions or its disk, and run the command again."
@@ -121,7 +120,7 @@ def set_aside_newer(run: RunDir, step: int) -> None:
         UserError: one cannot be renamed.
     """
     for folder in _folders_to_read(run):
-        if _step_of(folder) > step:
+        if step_of(folder) > step:
             try:
                 _set_aside(folder)
             except OSError as error:
@@ -229,9 +228,9 @@ class CheckpointWriter:
 
     def _remove_old(self, newest: int) -> None:
         """Remove what is no longer kept; the checkpoint of step `newest`, and what lies after it, is never touched."""
-        older = [folder for folder in _folders(self._run) if _step_of(folder) < newest]
+        older = [folder for folder in self._run.checkpoint_folders() if step_of(folder) < newest]
         for folder in older[: max(0, len(older) - (self._keep_last - 1))]:
-            if not (self._keep_every and _step_of(folder) % self._keep_every == 0):
+            if not (self._keep_every and step_of(folder) % self._keep_every == 0):
                 try:
                     shutil.rmtree(folder)
                 except OSError as error:  # a network drive may still hold a file of it
@@ -252,25 +251,12 @@ def _folder(run: RunDir, step: int) -> Path:
     return run.checkpoints / f"step-{step:08d}"
 
 
-def _folders(run: RunDir) -> list[Path]:
-    """All checkpoint folders of a run, whole or not, oldest first."""
-    try:
-        names = os.listdir(run.checkpoints)  # a glob would take a folder that cannot be read for an empty one
-    except FileNotFoundError:
-        return []
-    return sorted((run.checkpoints / name for name in names if re.fullmatch(r"step-\d+", name)), key=_step_of)
-
-
 def _folders_to_read(run: RunDir) -> list[Path]:
-    """`_folders`, with a folder that cannot be read told as a UserError."""
+    """The checkpoint folders of a run; that they cannot be read is a UserError."""
     try:
-        return _folders(run)
+        return run.checkpoint_folders()
     except OSError as error:
         raise UserError(f"'{run.checkpoints}' cannot be read: {error.strerror}.", MEND) from None
-
-
-def _step_of(folder: Path) -> int:
-    return int(folder.name.removeprefix("step-"))
 
 
 def _set_aside(folder: Path) -> None:

@@ -9,12 +9,14 @@ import torch
 
 from xar_cli.errors import UserError
 
+WORDS = ("out of memory", "alloc_failed", "can't allocate memory")  # of CUDA, of cuBLAS and cuDNN, of a CPU
+
 
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether an error says that the device's memory did not suffice; libraries have their own words for it."""
     if isinstance(error, torch.cuda.OutOfMemoryError):
         return True
-    return isinstance(error, RuntimeError) and ("out of memory" in str(error).lower() or "ALLOC_FAILED" in str(error))
+    return isinstance(error, RuntimeError) and any(words in str(error).lower() for words in WORDS)
 
 
 @contextmanager

@@ -123,8 +123,23 @@ class MetricsWriter:
 
 
 def read_metrics(path: Path) -> list[Mapping[str, Any]]:
-    """All whole records of a metrics.jsonl file, oldest first; a torn last line is left out."""
+    """All whole records of a metrics.jsonl file, oldest first; a torn last line is left out.
+
+    So is any other line that is no record, as a disk may leave it after a power cut; that is said.
+    """
     if not path.exists():
         return []
-    lines = path.read_text(encoding="utf-8").split("\n")
-    return [json.loads(line) for line in lines[:-1] if line]
+    found: list[Mapping[str, Any]] = []
+    unreadable = 0
+    for line in path.read_text(encoding="utf-8", errors="replace").split("\n")[:-1]:
+        try:
+            record = json.loads(line) if line else None
+        except ValueError:
+            record = None
+        if isinstance(record, dict):
+            found.append(record)
+        else:
+            unreadable += bool(line)
+    if unreadable:
+        log.warning("%d lines of '%s' cannot be read and are left out.", unreadable, path)
+    return found

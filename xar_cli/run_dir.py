@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
@@ -51,6 +52,22 @@ class RunDir:
         """Folders `step-00001234`, one a checkpoint."""
         return self.root / "checkpoints"
 
+    def checkpoint_folders(self) -> list[Path]:
+        """All folders of checkpoints, whole or not, oldest first; others beside them are left alone.
+
+        Raises:
+            OSError: it cannot be read what is there.
+        """
+        try:
+            names = os.listdir(self.checkpoints)  # a glob would take a folder that cannot be read for an empty one
+        except FileNotFoundError:
+            return []
+        return sorted((self.checkpoints / name for name in names if re.fullmatch(r"step-\d+", name)), key=step_of)
+
+    def checkpoint_steps(self) -> list[int]:
+        """The steps of `checkpoint_folders`."""
+        return [step_of(folder) for folder in self.checkpoint_folders()]
+
     @property
     def samples(self) -> Path:
         """Folders of generated images."""
@@ -88,6 +105,11 @@ class RunDir:
                 "Give the folder that `xar train --out` wrote.",
             )
         return self
+
+
+def step_of(checkpoint: Path) -> int:
+    """The step of a checkpoint, by the name of its folder."""
+    return int(checkpoint.name.removeprefix("step-"))
 
 
 def write_atomic(path: Path, data: bytes | str) -> None:

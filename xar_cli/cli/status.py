@@ -42,6 +42,7 @@ def status(
         ("skipped steps", str(found.skipped_steps)),
         ("newest checkpoint", None if found.checkpoint_step is None else f"step {found.checkpoint_step:,}"),
         *((name, f"{value:.4g}") for name, value in (found.evaluation or {}).items()),
+        ("measured with", found.measured_with),
     ]
     print_rows([(name, value) for name, value in rows if value is not None])
 

@@ -83,7 +83,7 @@ def train(
             return
         plan = dry_run_plan(
             config, data, out, place.world_size, allow_recipe_change, device, place.ranks_here,
-            init_from, reference, measure,
+            init_from, reference, measure, tokenizer_weights,
         )  # fmt: skip
         if as_json:
             typer.echo(json.dumps(plan.as_dict()))

@@ -1,6 +1,6 @@
 """The one config schema, and the recipes written in it."""
 
-from xar_cli.config.recipes import dump_config, list_recipes, load_config_file, load_recipe
+from xar_cli.config.recipes import dump_config, list_recipes, load_config_file, load_recipe, published_result
 from xar_cli.config.schema import Config
 
-__all__ = ["Config", "dump_config", "list_recipes", "load_config_file", "load_recipe"]
+__all__ = ["Config", "dump_config", "list_recipes", "load_config_file", "load_recipe", "published_result"]

@@ -13,8 +13,13 @@ from typing import Any
 import yaml
 from pydantic import ValidationError
 
-from xar_cli.config.schema import Config
+from xar_cli.config.schema import Config, Published
 from xar_cli.errors import UserError, did_you_mean, nearest
+
+OPTIMISATION = (
+    "epochs", "global_batch_size", "base_lr", "min_lr", "warmup_fraction", "decay_start_fraction", "betas",
+    "weight_decay", "grad_clip", "ema_decays", "context", "label_dropout",
+)  # fmt: skip
 
 
 def recipes_folder() -> Path:
@@ -54,15 +59,40 @@ def load_config_file(path: Path, overrides: Sequence[str] = ()) -> Config:
 
     A file may say `extends: NAME` and then holds only what differs from that shipped recipe.
     """
-    values = _read_yaml(path)
-    if "extends" in values:
-        shipped, parent = list_recipes(), str(values.pop("extends"))
-        if parent not in shipped:
-            raise UserError(f"'{path}' extends '{parent}', which is no recipe.", did_you_mean(parent, shipped))
-        values = _merged(_read_yaml(shipped[parent]), values)
+    values = _whole(path)
     for text in overrides:
         _apply_override(values, text)
     return validate(values, str(path))
+
+
+def published_result(config: Config) -> Published | None:
+    """What the paper reports, if a config is still the shipped recipe that it reports it for.
+
+    Images, network, entities and optimisation count; how a run is cut, logged, drawn and judged does not.
+    """
+    shipped = list_recipes().get(config.name)
+    if config.published is None or shipped is None:
+        return None
+    ours, theirs = (_what_is_trained(one) for one in (config, load_config_file(shipped)))
+    return config.published if ours == theirs else None
+
+
+def _what_is_trained(config: Config) -> dict[str, Any]:
+    """The settings that make a result what it is."""
+    values = config.model_dump(include={"published", "data", "tokenizer", "entity", "model", "train"})
+    values["train"] = {key: values["train"][key] for key in OPTIMISATION}
+    return values
+
+
+def _whole(path: Path) -> dict[str, Any]:
+    """The values of a recipe's file, laid over those of the recipe that it extends."""
+    values = _read_yaml(path)
+    if "extends" not in values:
+        return values
+    shipped, parent = list_recipes(), str(values.pop("extends"))
+    if parent not in shipped:
+        raise UserError(f"'{path}' extends '{parent}', which is no recipe.", did_you_mean(parent, shipped))
+    return _merged(_whole(shipped[parent]), values)
 
 
 class PlainNumbers(yaml.SafeLoader):
@@ -153,32 +183,37 @@ def _apply_override(values: dict[str, Any], override: str) -> None:
         value = yaml.load(text, PlainNumbers)
     except yaml.YAMLError:
         raise UserError(f"'--set {override}': '{text}' is not a YAML value.", "Quote it for your shell.") from None
+    if last == "kind" and place.get("kind") != value:
+        place.clear()  # the keys of another kind
     place.update(_merged(place, {last: value}))
 
 
 def _describe(fault: Mapping[str, Any]) -> str:
     """One fault of a recipe as a line: where, what, and the nearest known key for an unknown one."""
-    location = list(fault["loc"])
+    location, kind = list(fault["loc"]), ""
     if len(location) > 1 and location[0] in ("tokenizer", "entity"):
-        del location[1]  # the kind, which pydantic names between the section and the key
+        kind = str(location.pop(1))  # which pydantic names between the section and the key
     where = ".".join(str(part) for part in location)
     if fault["type"] == "extra_forbidden":
-        match = nearest(str(location[-1]), _known_keys(location[:-1]))
-        return f"{where}: unknown key" + (f"; did you mean '{match}'?" if match else "")
+        match = nearest(str(location[-1]), _known_keys(location[:-1], kind))
+        unknown = "unknown key" + (f" for kind {kind}" if kind else "")
+        return f"{where}: {unknown}" + (f"; did you mean '{match}'?" if match else "")
     message = fault["msg"].removeprefix("Value error, ")
     if fault["type"] in ("missing", "value_error"):
         return f"{where}: {message}" if where else message
     return f"{where}: {message} (got {fault['input']!r})"
 
 
-def _known_keys(path: Sequence[Any]) -> list[str]:
-    """The keys that the schema knows at a place, for suggestions."""
+def _known_keys(path: Sequence[Any], kind: str) -> list[str]:
+    """The keys that the schema knows at a place, of this kind where there are several, for suggestions."""
     schema = Config.model_json_schema()
     nodes = [schema]
     for part in path:
         found = []
         for node in nodes:
             child = node.get("properties", {}).get(str(part), {})
+            if kind:
+                child = {"$ref": child["discriminator"]["mapping"][kind]}
             for option in [child, *child.get("anyOf", []), *child.get("oneOf", [])]:
                 if "$ref" in option:
                     found.append(schema["$defs"][option["$ref"].rsplit("/", 1)[1]])

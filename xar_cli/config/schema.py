@@ -11,7 +11,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PositiveInt, model_validator
 
-KL16_STRIDE = 16  # SPEC of the KL-16 tokenizer: 256 pixels -> 16 latent positions
+KL16_STRIDE = 16  # of the KL-16 tokenizer: 256 pixels -> 16 latent positions
 KL16_CHANNELS = 16
 MAX_STEPS = 1000  # the network tells 1001 timesteps apart
 LR_BATCH_UNIT = 256  # lr = base_lr * global_batch_size / 256 (paper, section 4)
@@ -107,7 +107,15 @@ class PixelsConfig(Section):
 TokenizerConfig = Annotated[KL16Config | PixelsConfig, Field(discriminator="kind")]
 
 
-Order = Literal["raster", "centre_out"] | tuple[int, ...]
+def check_order(value: Any) -> Any:
+    """An order of entities as a recipe may state it; raises ValueError for anything else."""
+    known = ("raster", "centre_out")
+    if value in known or (isinstance(value, list | tuple) and all(type(place) is int for place in value)):
+        return value
+    raise ValueError(f"must be {' or '.join(known)}, or a list of whole numbers (got {value!r})")
+
+
+Order = Annotated[Literal["raster", "centre_out"] | tuple[int, ...], BeforeValidator(check_order)]
 ORDER_HELP = "raster, centre_out (nearest the middle of the grid first), or a permutation: place -> raster number."
 
 

@@ -20,7 +20,7 @@ from xar_cli.config.schema import Sides, height_and_width
 from xar_cli.errors import UserError
 from xar_cli.logs import log
 
-CROP_RULE = "adm-centre"  # SPEC name of the rule in `centre_crop`, written into every cache
+CROP_RULE = "adm-centre"  # name of the rule in `centre_crop`, written into every cache
 IMAGE_SUFFIXES = frozenset(
     (".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm")
 )
@@ -201,7 +201,7 @@ def decode_image(file: BinaryIO | bytes, name: str, image_size: Sides, image_cha
 
 
 def centre_crop(image: Image.Image, size: Sides) -> Image.Image:
-    """ADM's centre crop (SPEC 1), to a rectangle as to a square: halve with a box filter while both sides are at
+    """ADM's centre crop, to a rectangle as to a square: halve with a box filter while both sides are at
     least twice the target's, then bicubic until the image just covers the target, then cut the centre out.
     Images that are smaller on a side are enlarged by the bicubic step.
 

@@ -1,6 +1,7 @@
 """Entities, the X of next-X prediction (paper, section 3.2): which tokens make entity j, and in which order.
 
-The one file that knows the kinds of entity. Model, mask, sampler and loss read only a `Grouping`.
+The one file that tells the kinds of entity apart: model, mask, sampler and loss read only a `Grouping`. What a recipe
+may say of each kind stands in config/schema.py.
 Legend: B batch, C channels, H and W the latent grid, N tokens of the sequence, K entities.
 """
 

@@ -1,6 +1,6 @@
 """The KL-16 autoencoder of MAR: an image <-> moments on a grid with one position for each 16 x 16 pixels.
 
-SPEC section 1. Owns the architecture, under the names of the published `kl16.ckpt`, and the reading of its files.
+Owns the architecture, under the names of the published `kl16.ckpt`, and the reading of its files.
 Latent scaling and uint8 are not here: codec.py owns them.
 
 Shapes: B batch, C width of a level, Z = 16 latent channels, S image side, H = W = S / 16. They are written for

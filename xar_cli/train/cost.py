@@ -63,9 +63,10 @@ def activation_bytes(config: Config, model: XAR) -> int:
 
     Per token and block, in values of the compute dtype: the residual stream twice (in float32), the two modulated
     inputs, q, k, v as they are projected and as attention takes them, the attention output and both projections behind
-    it, and three hidden rows of the MLP; with dropout a byte for each of its masks. With activation checkpointing: the
-    input of every block, and one block in full. With the state beside it, xAR-B comes to 12.3 GiB for 64 images and
-    39.7 for 256; 12.4 and 40.3 were measured on a GPU, compiled (docs/performance.md).
+    it, and three hidden rows of the MLP; with dropout a byte for each of its masks. Per entity and block: its
+    modulation. With activation checkpointing: the input of every block, and one block in full. With the state beside
+    it, xAR-B comes to 12.3 GiB for 64 images and 39.8 for 256; 12.4 and 40.3 were measured on a GPU, compiled
+    (docs/performance.md).
 
     Attention counts as a fused kernel, which keeps no weights. On a CPU they are kept, by head over all pairs of tokens
     (`dot_product_attention`), and are not counted here.
@@ -75,9 +76,10 @@ def activation_bytes(config: Config, model: XAR) -> int:
     block_input = dim * FLOAT_BYTES
     masks = 2 * dim + hidden if config.model.dropout else 0
     block = 2 * block_input + (10 * dim + 3 * hidden) * size + masks
-    count = len(model.blocks)
-    per_token = count * block_input + block if config.train.activation_checkpointing else count * block
-    return _copies(config) * model.grouping.num_tokens * per_token
+    tokens, modulation = model.grouping.num_tokens, model.grouping.num_entities * 6 * dim * size
+    whole, count = tokens * block + modulation, len(model.blocks)
+    kept = count * tokens * block_input + whole if config.train.activation_checkpointing else count * whole
+    return _copies(config) * kept
 
 
 def state_bytes(config: Config, model: XAR, world_size: int) -> int:

@@ -41,7 +41,7 @@ from xar_cli.train.preflight import (
     some_passes,
     with_memory,
 )
-from xar_cli.train.preview import Measure, Preview, check_evaluation
+from xar_cli.train.preview import Measure, Preview, check_looks, require_reference
 from xar_cli.train.records import Records, check_loggers, check_login
 from xar_cli.train.run import (
     check_agreement,
@@ -157,6 +157,7 @@ def dry_run_plan(
     init_from: str | None = None,
     reference: Path | None = None,
     measure: Measure | None = None,
+    tokenizer_weights: Path | None = None,
 ) -> TrainPlan:
     """The plan of a run, with every check that can be made before it starts; nothing is written.
 
@@ -171,12 +172,13 @@ def dry_run_plan(
         allow_recipe_change: as for the run.
         device: as for the run.
         ranks_here: ranks of this machine; on a CPU they share its memory.
-        init_from, reference, measure: as for the run; an hf:// name is not fetched.
+        init_from, reference, measure, tokenizer_weights: as for the run; an hf:// name is not fetched.
     """
     check_loggers(config.train.loggers)
+    require_reference(config, reference)
     if data is None:
         return make_plan(config, world_size, config.data.num_images)
-    check_evaluation(config, reference, measure or Measure())
+    check_looks(config, tokenizer_weights, reference, measure or Measure())
     if init_from is not None and parse_hub_name(init_from) is None:
         open_start(init_from, config)
     picked = pick_device(device)
@@ -248,7 +250,7 @@ def _run_steps(
             """Preview and evaluation; the signal that came meanwhile, if one did."""
             if preview is None or not preview.is_due(state.step):
                 return None
-            note("drawing")
+            note.write("drawing")
             paused = window.pause()
             try:
                 preview.look(state, records, request.interrupt, missing)
@@ -256,7 +258,7 @@ def _run_steps(
                 return request.agreed(ranks)
             finally:
                 window.resume(paused)
-                note("running")
+                note.write("running")
             return None
 
         stopped = look(missing=True) if state.step else None  # what a stop at this very step has left out
@@ -264,16 +266,20 @@ def _run_steps(
             raise _stopped(stopped, state)
         while state.step < plan.total_steps:
             take_step(state, plan, batches, ranks, window)
+            note.step_taken()
             final, asked = state.step == plan.total_steps, request.agreed(ranks)
+            evaluates = preview is not None and preview.evaluates(state.step)  # no signal may have to wait for it
+            saves = final or asked is not None or evaluates or state.step % config.checkpoint_every == 0
             bad_in_a_row = 0
-            if final or asked or state.step % config.log_every == 0:
+            if saves or state.step % config.log_every == 0:  # a kill would lose what a checkpoint has and no record
                 bad_in_a_row = _log(state, plan, reader, ranks, window, records, bar)
             hopeless = bad_in_a_row >= config.max_bad_steps
-            saves = final or asked or hopeless or state.step % config.checkpoint_every == 0
-            if saves:
+            if saves or hopeless:
                 writer.save(state.step, state.groups(), facts)
             stopped = look() if final or not asked else asked
-            if stopped and not saves:
+            if stopped and not (saves or hopeless):
+                if window.steps:
+                    _log(state, plan, reader, ranks, window, records, bar)
                 writer.save(state.step, state.groups(), facts)
             if final or stopped or hopeless:
                 _finish_writing(writer, state, ranks)

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from xar_cli.config.schema import Config
+from xar_cli.config import Config, published_result
 from xar_cli.errors import UserError
 from xar_cli.model import XAR
 from xar_cli.model.transformer import count_parameters
@@ -157,9 +157,11 @@ def describe_plan(config: Config, plan: TrainPlan, out: Path) -> list[tuple[str,
     )
     there = "" if plan.device_bytes is None else f" of {format_bytes(plan.device_bytes)}"
     whole = plan.flops_per_image * plan.global_batch_size * plan.total_steps
+    published = published_result(config)
+    printed = f" (published: {published.parameters:g} M)" if published is not None and published.parameters else ""
     rows = [
         ("recipe", f"{config.name}: {config.description}"),
-        ("parameters", f"{plan.parameters / 1e6:.1f} M"),
+        ("parameters", f"{plan.parameters / 1e6:.1f} M{printed}"),
         ("data", f"{config.data.dataset}, {plan.num_images:,} images of {config.data.size_text}"),
         ("entities", config.entity_text),
         ("context", "clean" if train.context == "clean" else f"noisy, {train.context} timesteps"),
@@ -174,8 +176,8 @@ def describe_plan(config: Config, plan: TrainPlan, out: Path) -> list[tuple[str,
         ("disk", f"{format_bytes(plan.disk_bytes)} at most"),
         ("written to", str(out)),
     ]
-    if config.published and config.published.fid:
-        rows.append(("expected result", f"FID {config.published.fid} ({config.published.source})"))
+    if published is not None and published.fid:
+        rows.append(("expected result", f"FID {published.fid} ({published.source})"))
     warning = memory_warning(plan)
     if warning is not None:
         rows.append(("warning", warning))

@@ -20,7 +20,7 @@ from xar_cli.logs import log
 from xar_cli.run_dir import format_bytes
 from xar_cli.train.cost import batch_that_fits, device_bytes
 from xar_cli.train.plan import AUTO, TrainPlan, memory_warning
-from xar_cli.train.probe import find_batch, is_sharded, share_of_device
+from xar_cli.train.probe import find_batch, missing_optimizer_bytes, share_of_device
 from xar_cli.train.state import TrainState
 from xar_cli.train.step import Batches, backward
 
@@ -99,7 +99,9 @@ def first_batch(state: TrainState, plan: TrainPlan, batches: Batches, ranks: Ran
     Raises:
         UserError: the batch does not fit into the device's memory (exit code 1).
     """
-    try:
+    held = None
+    try:  # the place of what the optimizer keeps from the first step on is held meanwhile
+        held = torch.empty(missing_optimizer_bytes(state), dtype=torch.uint8, device=ranks.device)
         loss = some_passes(state, plan, batches, ranks)
         state.optimizer.zero_grad(set_to_none=True)
         finite = bool(torch.isfinite(loss))  # the one wait
@@ -108,9 +110,10 @@ def first_batch(state: TrainState, plan: TrainPlan, batches: Batches, ranks: Ran
             raise
         chosen = ", which auto chose," if state.config.train.max_batch_per_rank == AUTO else ""
         fault = _does_not_fit(plan.batch_size_per_rank, chosen)
-        if is_sharded(state, ranks):  # the others may wait for this rank inside the pass until their time is up
+        if ranks.world_size > 1:  # the others may wait for this rank inside the pass until their time is up
             log.error("%s", fault)
         raise fault from None
+    del held
     if not finite:
         log.warning(
             "The loss of the first batch is not finite: `xar cache-latents verify` finds Inf and NaN in a cache."

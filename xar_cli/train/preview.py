@@ -22,6 +22,7 @@ from xar_cli.errors import UserError
 from xar_cli.evaluate import Settings as Measure
 from xar_cli.evaluate import check_inputs, evaluate
 from xar_cli.evaluate.images import GeneratedImages
+from xar_cli.hub import parse_hub_name
 from xar_cli.logs import log, read_metrics
 from xar_cli.model import XAR
 from xar_cli.run_dir import RunDir
@@ -68,7 +69,8 @@ class Preview:
         self._measure = measure.model_copy(
             update={"batch_size": config.sample.batch_size, "feature_cache": measure.feature_cache or run.features}
         )
-        self._steps_per_evaluation = round(config.train.eval_every * plan.num_images / plan.global_batch_size)
+        steps = config.train.eval_every * plan.num_images / plan.global_batch_size
+        self._steps_per_evaluation = max(1, round(steps)) if steps else 0
         tokenizer = load_tokenizer(config, tokenizer_weights, ranks.device)
         self._codec = Codec(tokenizer, config.tokenizer.latent_scale)
         self._classes = range(config.data.num_classes or 1)
@@ -98,11 +100,22 @@ class Preview:
                 records.image(state.step, self.save_grid(state, interrupt))
         if evaluation:
             with _run_goes_on(f"The evaluation of step {state.step}"):
-                records.write({"step": state.step, "evaluation": self.evaluate(state, interrupt)})
+                found = self.evaluate(state, interrupt)
+                records.write({"step": state.step, "evaluation": found, "measured_with": self._measured_with})
+
+    @property
+    def _measured_with(self) -> str:
+        """What the numbers of an evaluation compare with: settings that a run may change on its way."""
+        sample, protocol = self._config.sample, self._config.evaluate.protocol
+        return f"{protocol}; {sample.solver}, {sample.num_steps} steps, guidance {sample.guidance_scale:g}"
 
     def is_due(self, step: int) -> bool:
         """Whether `look` has something to do at this step."""
         return any(self._due(step))
+
+    def evaluates(self, step: int) -> bool:
+        """Whether `look` makes an evaluation at this step, which may take long and is not always interrupted."""
+        return self._due(step)[1]
 
     def _due(self, step: int, missing: bool = False) -> tuple[bool, bool]:
         """Whether this step is one for the grid, and for an evaluation."""
@@ -207,13 +220,25 @@ def _run_goes_on(what: str) -> Iterator[None]:
         log.error("%s failed, and the run goes on: %s", what, error)
 
 
-def check_evaluation(config: Config, reference: Path | None, measure: Measure) -> None:
-    """Raise a UserError where `train.eval_every` asks for evaluations that could not be made."""
-    if not config.train.eval_every:
-        return
-    if reference is None:
+def require_reference(config: Config, reference: Path | None) -> None:
+    """Raise a UserError where `train.eval_every` asks for evaluations and there is nothing to compare with."""
+    if config.train.eval_every and reference is None:
         raise UserError(
             "train.eval_every asks for evaluations, and there is nothing to compare with.",
             "Give real images or their statistics: --reference PATH; or --set train.eval_every=0.",
         )
-    check_inputs(reference, config.evaluate.protocol, measure)
+
+
+def check_evaluation(config: Config, reference: Path | None, measure: Measure) -> None:
+    """Raise a UserError where `train.eval_every` asks for evaluations that could not be made."""
+    require_reference(config, reference)
+    if config.train.eval_every and reference is not None:
+        check_inputs(reference, config.evaluate.protocol, measure)
+
+
+def check_looks(config: Config, tokenizer_weights: Path | None, reference: Path | None, measure: Measure) -> None:
+    """Raise a UserError where previews or evaluations are asked for and could not be made; `Preview` says the same."""
+    check_evaluation(config, reference, measure)
+    on_hub = tokenizer_weights is not None and parse_hub_name(tokenizer_weights) is not None  # not fetched for a look
+    if (config.train.preview_every or config.train.eval_every) and not on_hub:
+        load_tokenizer(config, tokenizer_weights, torch.device("cpu"))

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import statistics
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from typing import Any, Protocol
@@ -23,8 +23,10 @@ WINDOW = 20  # records that are compared with as many before them
 RISE = 3.0  # the loss is rising if it is up by this many standard errors
 GRADIENT_GROWTH = 3.0
 THROUGHPUT_LOSS = 0.7
+NOTE_SECONDS = 60.0  # a run that takes steps renews its note as often
 SILENCE = 10.0  # no word for this many times the usual interval means that nothing runs
 SILENCE_SECONDS = 120.0
+STARTING_SECONDS = 1800.0  # of the first step, which compiles
 DRAWING_SECONDS = 3600.0  # of previews and evaluations, in which nothing else is written
 STOPPED_BY_SIGNAL = 128  # exit codes from here on
 
@@ -49,6 +51,7 @@ class Status:
         seconds_left: to the end, at the present speed.
         checkpoint_step: newest checkpoint, or None.
         evaluation: the newest one, by metric.
+        measured_with: protocol and sampling settings of that evaluation.
     """
 
     run: str
@@ -69,6 +72,7 @@ class Status:
     seconds_left: float | None = None
     checkpoint_step: int | None = None
     evaluation: Mapping[str, float] | None = None
+    measured_with: str | None = None
 
     def as_dict(self) -> dict[str, Any]:
         """As JSON-ready values."""
@@ -81,33 +85,59 @@ class Steps(Protocol):
     step: int
 
 
-@contextmanager
-def noted_state(run: RunDir, counter: Steps, enabled: bool) -> Iterator[Callable[[str], None]]:
-    """Keep RUN/status.json while a run goes on; the yielded function notes what it does now.
-
-    Leaving the block notes how the run ended: finished, stopped (by a signal or Ctrl-C) or failed, and the sentence.
+class StateNote:
+    """RUN/status.json: what a run does, at which step, since when, and for how long it may be silent while it lives.
 
     Args:
         run: the run folder.
-        counter: its `step` is noted too.
+        counter: its `step` is noted.
         enabled: False on ranks that write nothing.
     """
 
-    def note(state: str, why: str = "") -> None:
-        if enabled:
-            with suppress(OSError):  # a full disk ends no run
-                write_json(run.status, {"state": state, "step": counter.step, "why": why, "time": time.time()})
+    def __init__(self, run: RunDir, counter: Steps, enabled: bool) -> None:
+        self._run, self._counter, self._enabled = run, counter, enabled
+        self._written = 0.0
+        self._step_began: float | None = None
+        self._longest_step: float | None = None
 
-    note("running")
+    def write(self, state: str, why: str = "") -> None:
+        """Note a state; whatever comes next is no part of a step."""
+        self._step_began, self._written = None, time.monotonic()
+        patience = DRAWING_SECONDS if state == "drawing" else STARTING_SECONDS
+        if state != "drawing" and self._longest_step is not None:
+            patience = max(SILENCE_SECONDS, NOTE_SECONDS + SILENCE * self._longest_step)
+        note = {"state": state, "step": self._counter.step, "why": why, "time": time.time(), "patience": patience}
+        if self._enabled:
+            with suppress(OSError):  # a full disk ends no run
+                write_json(self._run.status, note)
+
+    def step_taken(self) -> None:
+        """Call after every step; renews the note now and then."""
+        now = time.monotonic()
+        if self._step_began is not None:
+            self._longest_step = max(self._longest_step or 0.0, now - self._step_began)
+            if now - self._written >= NOTE_SECONDS:
+                self.write("running")
+        self._step_began = now
+
+
+@contextmanager
+def noted_state(run: RunDir, counter: Steps, enabled: bool) -> Iterator[StateNote]:
+    """Keep RUN/status.json while a run goes on; arguments as for `StateNote`.
+
+    Leaving the block notes how the run ended: finished, stopped (by a signal or Ctrl-C) or failed, and the sentence.
+    """
+    note = StateNote(run, counter, enabled)
+    note.write("running")
     try:
         yield note
     except BaseException as error:
         stopped = isinstance(error, KeyboardInterrupt)
         if isinstance(error, UserError):
             stopped = error.exit_code >= STOPPED_BY_SIGNAL
-        note("stopped" if stopped else "failed", str(error) or type(error).__name__)
+        note.write("stopped" if stopped else "failed", str(error) or type(error).__name__)
         raise
-    note("finished")
+    note.write("finished")
 
 
 def run_status(run: RunDir, now: float | None = None) -> Status:
@@ -117,12 +147,12 @@ def run_status(run: RunDir, now: float | None = None) -> Status:
         UserError: it is none.
     """
     config = load_config_file(run.require().config)
-    identity = json.loads(run.identity.read_text(encoding="utf-8")) if run.identity.exists() else {}
+    identity = _identity(run)
     total = identity.get("plan", {}).get("total_steps")
     everything = read_metrics(run.metrics)
     records = [record for record in everything if "loss" in record]
-    evaluations = [record["evaluation"] for record in everything if "evaluation" in record]
-    saved = sorted(int(folder.name.removeprefix("step-")) for folder in run.checkpoints.glob("step-*"))
+    evaluations = [record for record in everything if "evaluation" in record]
+    saved = run.checkpoint_steps()
     step = records[-1]["step"] if records else 0
     note = _noted(run)
     state = _state(note, records, time.time() if now is None else now)
@@ -130,8 +160,8 @@ def run_status(run: RunDir, now: float | None = None) -> Status:
         state = "finished"
     worries = find_worries(config, records)
     if note.get("state") in ENDED:
-        if note["why"]:
-            worries.append(f"it ended after step {note['step']}: {note['why']}")
+        if note.get("why"):
+            worries.append(f"it ended after step {note.get('step', step)}: {note['why']}")
     elif state == "stopped":
         worries.append(f"nothing was written for long after step {step}: the run stopped, crashed or hangs")
     last, before = records[-WINDOW:], records[-2 * WINDOW : -WINDOW]
@@ -154,7 +184,8 @@ def run_status(run: RunDir, now: float | None = None) -> Status:
         skipped_steps=sum(record.get("skipped_steps", 0) for record in records),
         seconds_left=None if state == "finished" else newest.get("seconds_left"),
         checkpoint_step=saved[-1] if saved else None,
-        evaluation=evaluations[-1] if evaluations else None,
+        evaluation=evaluations[-1]["evaluation"] if evaluations else None,
+        measured_with=evaluations[-1].get("measured_with") if evaluations else None,
     )
 
 
@@ -184,9 +215,21 @@ def find_worries(config: Config, records: Sequence[Record]) -> list[str]:
     return worries
 
 
+def _identity(run: RunDir) -> Record:
+    """What run.json holds; nothing where there is none."""
+    if not run.identity.exists():
+        return {}
+    try:
+        return dict(json.loads(run.identity.read_text(encoding="utf-8")))
+    except (ValueError, TypeError):
+        raise UserError(
+            f"'{run.identity}' is damaged.", "The run trains on only with it: take it from a backup, if there is one."
+        ) from None
+
+
 def _noted(run: RunDir) -> Record:
     """What the run noted of itself, or nothing: it is read while others write."""
-    with suppress(OSError, ValueError):
+    with suppress(OSError, ValueError, TypeError):
         return dict(json.loads(run.status.read_text(encoding="utf-8")))
     return {}
 
@@ -196,15 +239,13 @@ def _state(note: Record, records: Sequence[Record], now: float) -> str:
     if note.get("state") in ENDED:
         return str(note["state"])
     times = [record["time"] for record in records[-WINDOW:] if "time" in record]
-    signs = [*times[-1:], *([note["time"]] if note else [])]
+    signs = [*times[-1:], *([note["time"]] if "time" in note else [])]
     if not signs:
         return "running" if records else "not started"
     gaps = [after - before for before, after in zip(times[:-1], times[1:], strict=True)]
     patience = max(SILENCE_SECONDS, SILENCE * statistics.median(gaps)) if gaps else SILENCE_SECONDS
-    doing = str(note.get("state", "running"))
-    if doing == "drawing":
-        patience = max(patience, DRAWING_SECONDS)
-    return "stopped" if now - max(signs) > patience else doing
+    patience = note.get("patience", patience)  # none in runs of 0.1.0: what is usual between records
+    return "stopped" if now - max(signs) > patience else str(note.get("state", "running"))
 
 
 def _values(records: Sequence[Record], key: str) -> list[float]:

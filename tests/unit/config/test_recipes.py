@@ -9,9 +9,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from xar_cli.config import Config, dump_config, list_recipes, load_config_file, load_recipe
+from xar_cli.config import Config, dump_config, list_recipes, load_config_file, load_recipe, published_result
 from xar_cli.config.recipes import json_schema, override, validate
 from xar_cli.config.reference import config_reference
+from xar_cli.config.schema import SubsampleEntity, TokenEntity
 from xar_cli.errors import UserError
 from xar_cli.model import XAR
 from xar_cli.model.transformer import count_parameters
@@ -69,14 +70,55 @@ def test_all_faults_are_reported_at_once_each_with_the_nearest_key():
     text = caught.value.message
     assert "has 4 faults" in text
     assert "train.global_batch: unknown key; did you mean 'global_batch_size'?" in text
-    assert "tokenizer.latent_scael: unknown key; did you mean 'latent_scale'?" in text
+    assert "tokenizer.latent_scael: unknown key for kind kl16; did you mean 'latent_scale'?" in text
     assert "model.dim: Input should be a valid integer" in text
     assert "colour: unknown key" in text
+
+
+def test_keys_of_another_kind_are_not_offered():
+    with pytest.raises(UserError) as caught:
+        load_recipe("base", ["entity={kind: scale, sizes: [1, 16], order: raster, resise: area}"])
+    assert "entity.order: unknown key for kind scale\n" in caught.value.message
+    assert "entity.resise: unknown key for kind scale; did you mean 'resize'?" in caught.value.message
+
+
+def test_another_kind_by_override_drops_the_keys_of_the_one_before():
+    assert load_recipe("base", ["entity.kind=token"]).entity == TokenEntity(kind="token")
+    assert load_recipe("base", ["entity.kind=cell"]) == load_recipe("base")
+    changed = load_recipe("base", ["entity.kind=subsample", "entity.stride=2"]).entity
+    assert changed == SubsampleEntity(kind="subsample", stride=2)
+
+
+def test_a_recipe_may_extend_one_that_extends_another(tmp_path):
+    path = tmp_path / "mine.yaml"
+    path.write_text("name: mine\nextends: ablations/entity-token\ntrain: {epochs: 7}\n")
+    token = load_recipe("ablations/entity-token")
+    assert load_recipe(str(path)) == override(token, ["name=mine", "train.epochs=7"])
+
+
+@pytest.mark.parametrize("name", sorted(list_recipes()))
+def test_a_shipped_recipe_is_expected_to_give_what_it_was_published_with(name):
+    config = load_recipe(name)
+    assert published_result(config) == config.published
+
+
+@pytest.mark.parametrize(
+    ("change", "expected"),
+    [
+        ("train.epochs=400", False), ("entity.size=4", False), ("data.num_classes=2", False), ("model.dim=384", False),
+        ("data.dataset=flowers", False), ("train.context=clean", False), ("name=mine", False),
+        ("train.precision=fp16", True), ("train.max_batch_per_rank=8", True), ("train.log_every=7", True),
+        ("sample.num_steps=20", True), ("evaluate.count=10000", True),
+    ],
+)  # fmt: skip
+def test_a_changed_recipe_is_expected_to_give_nothing(change, expected):
+    assert (published_result(load_recipe("base", [change])) is not None) == expected
 
 
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
+        (["entity.order=center_out"], "entity.order: must be raster or centre_out, or a list of whole numbers"),
         (["entity.size=7"], "entity.size 7 does not divide the 16 x 16 grid"),
         (["model.heads=7"], "must be a whole multiple of 4"),
         (["data.image_size=250"], "data.image_size 250: 250 is not a multiple of the tokenizer's 16 pixels"),

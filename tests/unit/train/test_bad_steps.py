@@ -108,12 +108,46 @@ def test_a_resume_tells_no_skipped_step_twice(tmp_path, monkeypatch):
     assert [entry["step"] for entry in told(out)] == list(range(1, 11))
 
 
-def test_fp16_halves_its_scale_after_a_bad_step_and_keeps_it_over_a_resume(tmp_path):
+def kill_before(step, monkeypatch, *settings_of_run, **more):
+    """Train up to a step, before which the process dies."""
+
+    def take_step(state, *rest, real=loop.take_step):
+        if state.step == step:
+            raise KeyboardInterrupt
+        real(state, *rest)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(loop, "take_step", take_step)
+        with pytest.raises(KeyboardInterrupt):
+            train(settings(*settings_of_run, **more))
+
+
+@pytest.mark.parametrize("killed", [5, 7])
+def test_a_kill_loses_no_skipped_step_that_the_checkpoint_has_behind_it(tmp_path, monkeypatch, killed):
+    """Records every 6 steps, checkpoints every 4: what happened before a checkpoint is recorded with it."""
     data = poisoned_cache(tmp_path / "latents.h5", [5])
-    train(settings(small_recipe("train.precision=fp16"), data, tmp_path / "run"))
-    skipped = len(told(tmp_path / "run"))
-    assert skipped >= 1
-    assert final_tensors(tmp_path / "run")["loss-scale/scale"] == INITIAL_SCALE / 2**skipped
+    config = small_recipe("train.log_every=6", "train.epochs=3")
+    train(settings(config, data, tmp_path / "whole"))
+    kill_before(killed, monkeypatch, config, data, tmp_path / "cut")
+    train(settings(config, data, tmp_path / "cut"))
+    whole, cut = told(tmp_path / "whole"), told(tmp_path / "cut")
+    assert cut == whole
+    records = read_metrics(RunDir(tmp_path / "cut").metrics)
+    assert sum(record["skipped_steps"] for record in records) == len(whole) >= 2
+
+
+def test_fp16_halves_its_scale_after_a_bad_step_and_keeps_it_over_a_resume(tmp_path, monkeypatch):
+    """The cut run goes on from step 8, behind steps that were skipped."""
+    data, config = poisoned_cache(tmp_path / "latents.h5", [5]), small_recipe("train.precision=fp16")
+    train(settings(config, data, tmp_path / "whole"))
+    skipped = [entry["step"] for entry in told(tmp_path / "whole")]
+    assert min(skipped) <= 8
+    whole = final_tensors(tmp_path / "whole")
+    assert whole["loss-scale/scale"] == INITIAL_SCALE / 2 ** len(skipped)
+    kill_before(9, monkeypatch, config, data, tmp_path / "cut")
+    train(settings(config, data, tmp_path / "cut"))
+    cut = final_tensors(tmp_path / "cut")
+    assert all(cut[name].equal(tensor) for name, tensor in whole.items())
 
 
 @pytest.mark.parametrize("precision", ["fp16", "bf16", "tf32"])

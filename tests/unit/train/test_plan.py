@@ -55,7 +55,28 @@ def test_description_says_how_the_batch_is_made_up(tmp_path):
     rows = dict(describe_plan(config, make_plan(config, 8, IMAGENET), tmp_path))
     assert rows["global batch"].startswith("2048 = 8 ranks x 16 accumulation x 16 images")
     assert "1.24" in rows["expected result"]
+    assert rows["parameters"] == "1186.0 M (published: 1186 M)"
+    assert rows["entities"] == "4 cells of 8 x 8 tokens, in raster order, on a grid of 16 x 16"
+    assert rows["context"] == "noisy, random timesteps"
     assert str(tmp_path) in rows["written to"]
+
+
+@pytest.mark.parametrize(
+    ("entity", "text"),
+    [
+        ("{kind: token, order: centre_out}", "256 tokens, from the centre outwards"),
+        ("{kind: image}", "the whole image"),
+        ("{kind: cell, size: [8, 16], order: [1, 0]}", "2 cells of 8 x 16 tokens, in the order 1 0"),
+        ("{kind: subsample, stride: 2}", "4 subsamples at a stride of 2 x 2 tokens, in raster order"),
+        ("{kind: scale, sizes: [1, [2, 4], 16]}", "3 scales of 1, 2 x 4, 16 tokens a side (area)"),
+    ],
+)
+def test_the_plan_says_what_x_is_and_expects_nothing_of_another_x(tmp_path, entity, text):
+    config = load_recipe("base", [f"entity={entity}", "train.context=clean"])
+    rows = dict(describe_plan(config, make_plan(config, 8, IMAGENET), tmp_path))
+    assert rows["entities"] == f"{text}, on a grid of 16 x 16"
+    assert rows["context"] == "clean"
+    assert "expected result" not in rows
 
 
 def plan_for(memory, *overrides):

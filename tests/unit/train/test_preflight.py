@@ -12,7 +12,7 @@ from tests.caches import N, make_cache
 from tests.runs import settings, small_recipe
 from xar_cli.cli.app import app
 from xar_cli.config import dump_config, load_recipe
-from xar_cli.data.latents import LatentWriter
+from xar_cli.data.latents import LatentReader, LatentWriter
 from xar_cli.distributed import Ranks
 from xar_cli.errors import UserError
 from xar_cli.logs import log
@@ -124,7 +124,7 @@ def test_a_first_batch_that_does_not_fit_ends_the_run_before_anything_is_written
 
 @pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
 def test_a_batch_that_auto_chose_and_does_not_fit_is_told_with_a_smaller_one(data, monkeypatch, caplog, parallel):
-    """Sharded ranks meet inside the pass: the one that fails says so before it waits for the others."""
+    """Ranks meet inside the pass: the one that fails says so before it waits for the others."""
 
     def full(*_):
         raise torch.cuda.OutOfMemoryError("CUDA out of memory.")
@@ -135,7 +135,26 @@ def test_a_batch_that_auto_chose_and_does_not_fit_is_told_with_a_smaller_one(dat
     with pytest.raises(UserError, match="pass of 4 images, which auto chose, does not fit") as caught:
         preflight.first_batch(state, plan, iter(()), ranks)
     assert caught.value.next_step.startswith("Try --max-batch-per-rank 2, ")
-    assert ("which auto chose" in caplog.text) == ("--max-batch-per-rank 2" in caplog.text) == (parallel == "fsdp")
+    assert "which auto chose" in caplog.text
+    assert "--max-batch-per-rank 2" in caplog.text
+
+
+def test_the_first_batch_leaves_room_for_the_optimizer(data, tmp_path, monkeypatch):
+    """What AdamW keeps is not there yet, and will be from the first step on."""
+    held, made = [], torch.empty
+
+    def empty(*shape, **options):
+        if options.get("dtype") == torch.uint8:
+            held.append(shape[0])
+        return made(*shape, **options)
+
+    monkeypatch.setattr(preflight.torch, "empty", empty)
+    config = small_recipe()
+    state, plan = TrainState.fresh(config, CPU), loop.make_plan(config, 1, N)
+    with LatentReader(data) as reader:
+        ranks = Ranks(0, 0, 1, CPU)
+        preflight.first_batch(state, plan, loop.batches_from(config, plan, reader, ranks, 0), ranks)
+    assert held == [2 * 4 * sum(parameter.numel() for parameter in state.model.parameters())]
 
 
 @pytest.mark.parametrize(("parallel", "world_size", "share"), [("ddp", 2, 0.9), ("fsdp", 1, 0.9), ("fsdp", 2, 0.8)])

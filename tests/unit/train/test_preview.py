@@ -3,6 +3,7 @@
 import os
 import shutil
 import signal
+from pathlib import Path
 
 import pytest
 import torch
@@ -11,7 +12,7 @@ from PIL import Image
 from tests.caches import make_cache, make_images, make_layout
 from tests.runs import final_tensors, settings, small_recipe
 from xar_cli.checkpoint import latest_checkpoint
-from xar_cli.config import load_config_file
+from xar_cli.config import load_config_file, load_recipe
 from xar_cli.errors import UserError
 from xar_cli.logs import log, read_metrics
 from xar_cli.model import build_grouping
@@ -19,6 +20,7 @@ from xar_cli.run_dir import RunDir
 from xar_cli.sample import stage
 from xar_cli.train import preview
 from xar_cli.train.loop import dry_run_plan, train
+from xar_cli.train.preview import Measure, check_looks
 from xar_cli.train.status import run_status
 from xar_cli.weights import load_weights
 
@@ -94,6 +96,39 @@ def test_what_an_evaluation_needs_is_asked_for_first(data, tmp_path):
     with pytest.raises(UserError, match="nothing to compare with"):
         dry_run_plan(looking, data, tmp_path / "run", 1)
     assert not (tmp_path / "run").exists()
+
+
+def test_a_dry_run_asks_for_what_previews_and_evaluations_need(data, tmp_path):
+    """The tokenizer's weights, and, also for another machine, something to compare with."""
+    with pytest.raises(UserError, match="nothing to compare with"):
+        dry_run_plan(small_recipe("train.eval_every=1"), None, tmp_path / "run", 1)
+    with pytest.raises(UserError, match="needs the weights of the tokenizer KL-16"):
+        check_looks(load_recipe("base", ["train.preview_every=2"]), None, None, Measure())
+    on_hub = Path("hf://xwen99/mar-vae-kl16/kl16.ckpt")
+    check_looks(load_recipe("base", ["train.preview_every=2"]), on_hub, None, Measure())
+
+
+@pytest.mark.parametrize(("every", "steps"), [(0.5, [2, 4, 6, 8, 10]), (0.01, list(range(1, 11)))])
+def test_evaluations_at_fractions_of_an_epoch(data, tmp_path, every, steps):
+    """5 steps an epoch; more often than every step cannot be. A checkpoint is begun before each."""
+    config = small_recipe(f"train.eval_every={every}", "train.eval_count=8", "evaluate.protocol=digits")
+    run = RunDir(tmp_path / "run")
+    train(settings(config, data, run.root, reference=make_images(tmp_path / "real")))
+    records = [record for record in read_metrics(run.metrics) if "evaluation" in record]
+    assert [record["step"] for record in records] == steps
+    assert {record["measured_with"] for record in records} == {"digits; euler, 2 steps, guidance 2"}
+    assert run_status(run).measured_with == "digits; euler, 2 steps, guidance 2"
+
+
+def test_an_evaluation_that_is_killed_costs_no_step(data, tmp_path, monkeypatch):
+    def evaluate(self, state, interrupt):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(preview.Preview, "evaluate", evaluate)
+    config = small_recipe("train.eval_every=0.6", "train.checkpoint_every=100", "evaluate.protocol=digits")
+    with pytest.raises(KeyboardInterrupt):
+        train(settings(config, data, tmp_path / "run", reference=make_images(tmp_path / "real")))
+    assert latest_checkpoint(RunDir(tmp_path / "run")).step == 3
 
 
 def test_a_dry_run_looks_at_the_weights_to_start_from(data, tmp_path):

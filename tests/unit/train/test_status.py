@@ -10,6 +10,7 @@ from xar_cli.config import dump_config
 from xar_cli.errors import UserError
 from xar_cli.logs import MetricsWriter
 from xar_cli.run_dir import RunDir, write_json
+from xar_cli.train import status
 from xar_cli.train.status import find_worries, noted_state, run_status
 
 
@@ -73,8 +74,8 @@ def test_fp16_may_skip_now_and_then():
     assert find_worries(small_recipe("train.precision=fp16"), written) == []
 
 
-def note(run, state, when, why=""):
-    write_json(run.status, {"state": state, "step": 300, "why": why, "time": when})
+def note(run, state, when, why="", patience=120.0):
+    write_json(run.status, {"state": state, "step": 300, "why": why, "time": when, "patience": patience})
 
 
 def test_a_run_without_a_note_goes_by_its_records(tmp_path):
@@ -96,9 +97,59 @@ def test_a_note_and_its_age(tmp_path):
     note(run, "running", 5000)
     assert run_status(run, now=5100).state == "running"
     assert run_status(run, now=5200).state == "stopped"
-    note(run, "drawing", 5000)
+    note(run, "drawing", 5000, patience=3600.0)
     assert run_status(run, now=8000).state == "drawing"
     assert run_status(run, now=9000).state == "stopped"
+    note(run, "running", 5000, patience=1060.0)  # its steps take long, and its records come from earlier
+    assert run_status(run, now=6000).state == "running"
+
+
+@pytest.mark.parametrize(("seconds", "patience"), [(1.0, 120.0), (300.0, 3060.0)])
+def test_a_run_says_for_how_long_it_may_be_silent(tmp_path, monkeypatch, seconds, patience):
+    """The first step compiles and tells nothing of those after it; a preview belongs to no step."""
+    run, clock, counter = RunDir(tmp_path), [0.0], SimpleNamespace(step=0)
+    monkeypatch.setattr(status.time, "monotonic", lambda: clock[0])
+
+    def noted(key):
+        return json.loads(run.status.read_text())[key]
+
+    def take_step(duration):
+        clock[0] += duration
+        counter.step += 1
+        note.step_taken()
+
+    with noted_state(run, counter, enabled=True) as note:
+        assert noted("patience") == status.STARTING_SECONDS
+        take_step(900.0)
+        for _ in range(round(70 / seconds) + 1):
+            take_step(seconds)
+        assert (noted("state"), noted("patience")) == ("running", patience)
+        assert noted("step") > 1
+        note.write("drawing")
+        assert noted("patience") == status.DRAWING_SECONDS
+        clock[0] += 1000.0
+        note.write("running")
+        take_step(seconds)
+        assert noted("patience") == patience
+
+
+@pytest.mark.parametrize("name", ["step-00000300-backup", "step-new", ".step-00000300.tmp"])
+def test_other_folders_beside_the_checkpoints(tmp_path, name):
+    run = make_run(tmp_path / "run", records(30))
+    for folder in ("step-00000200", name):
+        (run.checkpoints / folder).mkdir(parents=True)
+    assert run_status(run, now=1150).checkpoint_step == 200
+
+
+def test_damaged_files(tmp_path):
+    run = make_run(tmp_path / "run", records(30))
+    run.metrics.write_bytes(run.metrics.read_bytes() + b"\0\0\0\n[1, 2]\n")
+    write_json(run.status, {"state": "failed"})
+    found = run_status(run, now=1150)
+    assert (found.step, found.state) == (300, "failed")
+    run.identity.write_text("{")
+    with pytest.raises(UserError, match=r"run\.json' is damaged"):
+        run_status(run)
 
 
 def test_a_run_that_died_before_its_first_record(tmp_path):
@@ -135,7 +186,7 @@ def test_noting_how_it_ends(tmp_path, error, state):
     try:
         with noted_state(run, counter, enabled=True) as note:
             assert json.loads(run.status.read_text())["state"] == "running"
-            note("drawing")
+            note.write("drawing")
             assert json.loads(run.status.read_text())["state"] == "drawing"
             counter.step = 8
             if error is not None:
@@ -150,7 +201,7 @@ def test_noting_how_it_ends(tmp_path, error, state):
 
 def test_other_ranks_note_nothing(tmp_path):
     with noted_state(RunDir(tmp_path), SimpleNamespace(step=1), enabled=False) as note:
-        note("drawing")
+        note.write("drawing")
     assert list(tmp_path.iterdir()) == []
 
 
