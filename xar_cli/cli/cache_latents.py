@@ -76,7 +76,7 @@ def cache_latents(
     from xar_cli.config import load_recipe
     from xar_cli.errors import UserError
     from xar_cli.hub import absolute_source
-    from xar_cli.launch import LaunchOptions, run
+    from xar_cli.launch import LaunchOptions, find_place, run
 
     if (images is None) == (from_mar is None):
         raise UserError("Give --images or --from-mar, one of them.", "See `xar cache-latents --help`.")
@@ -101,6 +101,8 @@ def cache_latents(
     )
     launch = LaunchOptions(nproc_per_node, nnodes, node_rank, rdzv_endpoint, max_restarts)
     if dry_run:
+        if find_place(launch).rank:  # rank 0 speaks for all
+            return
         _print({"out": str(out), **plan_cache(settings).as_dict()}, as_json)
         return
     result = dict(run("xar_cli.cache.stage:run_stage", settings, launch))
