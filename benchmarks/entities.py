@@ -2,7 +2,7 @@
 
     python -m benchmarks.entities --out entities                           # many hours on two cores; can be interrupted
     python -m benchmarks.entities --out entities --device cuda --tables 4  # one table, compiled and in bf16
-    python -m benchmarks.entities --out entities --tables 4 --report       # only write what is there
+    python -m benchmarks.entities --out entities --device cuda --tables 4 --report  # only write what is there
 
 Every row is trained with the quickstart's network at equal compute: the floating-point operations of training are
 counted from shapes, and a row whose image costs more takes fewer steps. Entities (Table 3) and contexts (Table 5) are
@@ -11,6 +11,9 @@ on the paper's 16 x 16 grid, so that its five sizes make its K = 256, 64, 16, 4 
 16 x 16, each pixel four equal ones, in tokens of one pixel; what is drawn is reduced to 8 x 8 again before it is
 judged. Rows that are the same network are trained once. Each run is judged at several guidance scales by the `digits`
 protocol. Seeds are made one after the other, so that a study that is interrupted has whole ones.
+
+A table is made of results with one setting of `--epochs`, `--precision` and `--count`, those of the command, judged at
+every scale of `--guidance`: `--report` needs them too. Device and compiler may differ; the line under a table says it.
 
 Every table goes between two marks of its own in docs/entities.md, with what made it and a picture; what is written
 around them, and tables that were not asked for or have no results, are left alone. Of `--out` they need `results/` and
@@ -66,12 +69,6 @@ class Grid(NamedTuple):
 
     side: int
     patch: int
-
-    @property
-    def text(self) -> str:
-        """For people."""
-        tokens = self.side // self.patch
-        return f"{tokens} x {tokens} tokens"
 
     @property
     def enlarged(self) -> int:
@@ -162,6 +159,12 @@ class Setup(NamedTuple):
         """What a result must have been made with to count as this setup's; device and compiler may be others."""
         return {"epochs": self.epochs[study.grid], "precision": self.precision, "images": self.images}
 
+    @property
+    def options(self) -> str:
+        """Those options of the command that decide which results make a table."""
+        epochs, guidance = (" ".join(f"{one:g}" for one in many) for many in (self.epochs.values(), self.guidance))
+        return f"--epochs {epochs} --precision {self.precision} --count {self.images} --guidance {guidance}"
+
 
 DEFAULTS = Setup(EPOCHS)
 
@@ -227,6 +230,12 @@ def result_of(out: Path, study: Study, seed: int) -> Path:
     return out / "results" / f"{study.slug}-seed{seed}.json"
 
 
+def run_of(out: Path, study: Study, seed: int, setup: Setup) -> Path:
+    """The run folder of a network, named by all that one must have in common with it to go on from there."""
+    words = [f"{study.slug}-seed{seed}", f"{setup.epochs[study.grid]:g}epochs", setup.precision]
+    return out / "runs" / "-".join([*words, *(["compiled"] if setup.compiled else [])])
+
+
 def samples_of(out: Path, study: Study, seed: int, scale: float) -> Path:
     """Where the images of a run are drawn."""
     return out / "samples" / f"{study.slug}-seed{seed}-guidance{scale:g}"
@@ -237,20 +246,22 @@ def run(out: Path, study: Study, seed: int, setup: Setup) -> Path:
     torch.set_num_threads(1)
     if setup.compiled:
         torch.compiler.reset()  # the graphs of the network before, of another shape, count against torch's limit
-    config, folder = recipe_of(study, seed, setup), out / "runs" / f"{study.slug}-seed{seed}"
+    config, folder = recipe_of(study, seed, setup), run_of(out, study, seed, setup)
     path, asked = result_of(out, study, seed), setup.asked(study)
     path.parent.mkdir(parents=True, exist_ok=True)
-    trained_before = read_result(path).get("seconds", 0.0) if folder.exists() else 0.0
+    before = read_result(path)
+    if not folder.exists() or not is_of_network(before, study, setup):
+        before = {}
     done = train(TrainSettings(config=config, data=cache_of(out, study.grid), out=folder, device=setup.device))
     result = {
         "steps": done["steps"],
         "loss": done["loss"],
-        "seconds": trained_before + done["seconds"],  # of a finished run that is judged again: nearly none
+        "seconds": before.get("seconds", 0.0) + done["seconds"],  # of a finished run that is judged again: nearly none
         "device": torch.cuda.get_device_name(setup.device) if setup.device != "cpu" else "CPU",
         "torch": torch.__version__,
         "compiled": setup.compiled,
         "asked": asked,
-        "guidance": read_result(path, asked).get("guidance", {}),
+        "guidance": before.get("guidance", {}) if before.get("asked") == asked else {},
     }
     write_json(path, result)
     for scale in setup.guidance:
@@ -293,7 +304,14 @@ def read_result(path: Path, asked: dict[str, Any] | None = None) -> dict[str, An
     if not path.exists():
         return {}
     result: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    return result if asked in (None, result["asked"]) else {}
+    return result if asked in (None, result.get("asked")) else {}
+
+
+def is_of_network(result: dict[str, Any], study: Study, setup: Setup) -> bool:
+    """Whether a result speaks of the network in this setup's run folder, judged on however many images."""
+    asked, ours = result.get("asked", {}), setup.asked(study)
+    same = all(asked.get(key) == ours[key] for key in ("epochs", "precision"))
+    return same and result.get("compiled") == setup.compiled
 
 
 def is_complete(result: dict[str, Any], guidance: tuple[float, ...] = GUIDANCE) -> bool:
@@ -351,16 +369,31 @@ class Found(NamedTuple):
     results: dict[int, dict[str, Any]]
 
 
-def results_of(out: Path, study: Study, guidance: tuple[float, ...] = GUIDANCE) -> dict[int, dict[str, Any]]:
-    """The results of a study that are complete for these guidance scales, by seed."""
+def result_files(out: Path, study: Study) -> dict[int, Path]:
+    """The results of a study that are there, however they were made, by seed."""
     paths = sorted((out / "results").glob(f"{study.slug}-seed*.json"))
-    results = {int(path.stem.rpartition("seed")[2]): read_result(path) for path in paths}
-    return {seed: result for seed, result in results.items() if is_complete(result, guidance)}
+    return {int(path.stem.rpartition("seed")[2]): path for path in paths}
 
 
-def found_of(out: Path, study: Study, guidance: tuple[float, ...] = GUIDANCE) -> Found | None:
+def results_of(out: Path, study: Study, setup: Setup = DEFAULTS) -> dict[int, dict[str, Any]]:
+    """The results of a study that were made as asked and are complete for the guidance scales, by seed."""
+    results = {seed: read_result(path, setup.asked(study)) for seed, path in result_files(out, study).items()}
+    return {seed: result for seed, result in results.items() if is_complete(result, setup.guidance)}
+
+
+def left_out(out: Path, number: int, setup: Setup = DEFAULTS) -> list[Path]:
+    """Results for a table that it does not use: made otherwise, or not judged at all guidance scales."""
+    return [
+        path
+        for study in studies_of([number])
+        for seed, path in result_files(out, study).items()
+        if seed not in results_of(out, study, setup)
+    ]
+
+
+def found_of(out: Path, study: Study, setup: Setup = DEFAULTS) -> Found | None:
     """What the results of all seeds so far say."""
-    results = results_of(out, study, guidance)
+    results = results_of(out, study, setup)
     if not results:
         return None
 
@@ -368,7 +401,7 @@ def found_of(out: Path, study: Study, guidance: tuple[float, ...] = GUIDANCE) ->
         judged = [result["guidance"].get(f"{scale:g}") for result in results.values()]
         return [numbers[place] for numbers in judged if numbers]
 
-    best = min(guidance, key=lambda scale: statistics.mean(at(scale, 0)))
+    best = min(setup.guidance, key=lambda scale: statistics.mean(at(scale, 0)))
     return Found(best, at(best, 0), at(best, 1), at(1.0, 0), results)
 
 
@@ -380,11 +413,11 @@ def spread(values: list[float], digits: int = 2) -> str:
     return mean if len(values) == 1 else f"{mean} ± {(max(values) - min(values)) / 2:.{digits}f}"
 
 
-def table(out: Path, number: int, guidance: tuple[float, ...] = GUIDANCE) -> str:
+def table(out: Path, number: int, setup: Setup = DEFAULTS) -> str:
     """One table in Markdown; empty without a result."""
     lines = []
     for row in TABLES[number].rows:
-        found = found_of(out, row.study, guidance)
+        found = found_of(out, row.study, setup)
         if found is None:
             continue
         config = override(recipe_of(row.study), [f"sample.guidance_scale={found.scale}"])
@@ -395,7 +428,7 @@ def table(out: Path, number: int, guidance: tuple[float, ...] = GUIDANCE) -> str
             f"| {row.label} | {row.label.split(',')[0]} | {len(plan.num_steps)} "
             f"| {steps:,} | {spread(found.distances)} | {found.scale:g} | {spread(found.unguided)} "
             f"| {spread(found.accuracies, 3)} | {len(found.results)} "
-            f"| {plan.evaluations().total}, {flops_per_image(config, plan) / 1e9:.2f} | {published.fid} |"
+            f"| {plan.evaluations().total}, {flops_per_image(config, plan) / 1e9:.2f} | {published.fid:.2f} |"
         )
     if not lines:
         return ""
@@ -408,11 +441,9 @@ def table(out: Path, number: int, guidance: tuple[float, ...] = GUIDANCE) -> str
     return "\n".join(head + lines)
 
 
-def circumstances(out: Path, number: int, guidance: tuple[float, ...] = GUIDANCE) -> str:
+def circumstances(out: Path, number: int, setup: Setup = DEFAULTS) -> str:
     """What the networks of a table were made with and how long training took."""
-    studies = studies_of([number])
-    made = [(study.grid, result) for study in studies for result in results_of(out, study, guidance).values()]
-    results = [result for _, result in made]
+    results = [result for study in studies_of([number]) for result in results_of(out, study, setup).values()]
 
     def every(values: Iterable[str]) -> str:
         return ", ".join(dict.fromkeys(values))
@@ -420,23 +451,21 @@ def circumstances(out: Path, number: int, guidance: tuple[float, ...] = GUIDANCE
     def arithmetic(result: dict[str, Any]) -> str:
         return str(result["asked"]["precision"]) + (" compiled" if result["compiled"] else "")
 
-    epochs = every(f"{result['asked']['epochs']:g} for {grid.text}" for grid, result in made)
     seconds = [result["seconds"] for result in results]
     return (
-        f"{len(results)} networks. Device: {every(result['device'] for result in results)}; torch "
+        f"{len(results)} networks, with `--tables {number} {setup.options}`. "
+        f"Device: {every(result['device'] for result in results)}; torch "
         f"{every(result['torch'] for result in results)}; trained in {every(map(arithmetic, results))}. "
-        f"Epochs of the K = 4 cell: {epochs}. Guidance scales: {', '.join(f'{scale:g}' for scale in guidance)}; images "
-        f"at each: {every(str(result['asked']['images']) for result in results)}. Training took {min(seconds):.0f} to "
-        f"{max(seconds):.0f} seconds a network while others shared the device, {sum(seconds) / 60:.0f} minutes if they "
-        "are added up."
+        f"Training took {min(seconds):.0f} to {max(seconds):.0f} seconds a network while others shared the device, "
+        f"{sum(seconds) / 60:.0f} minutes if they are added up."
     )
 
 
-def save_picture(out: Path, number: int, path: Path, guidance: tuple[float, ...] = GUIDANCE) -> list[Row]:
+def save_picture(out: Path, number: int, path: Path, setup: Setup = DEFAULTS) -> list[Row]:
     """Digits for each row of a table, from one seed at the best guidance scale of all; the rows that are there."""
     images, rows = [], []
     for row in TABLES[number].rows:
-        found = found_of(out, row.study, guidance)
+        found = found_of(out, row.study, setup)
         if found is None or PICTURED_SEED not in found.results:
             continue
         for file in pictured(samples_of(out, row.study, PICTURED_SEED, found.scale)):
@@ -451,28 +480,32 @@ def save_picture(out: Path, number: int, path: Path, guidance: tuple[float, ...]
     return rows
 
 
-def section(out: Path, number: int, guidance: tuple[float, ...] = GUIDANCE) -> list[str]:
+def section(out: Path, number: int, setup: Setup = DEFAULTS) -> list[str]:
     """The paragraphs of a table: itself, what made it, its picture; none without a result."""
-    rows = table(out, number, guidance)
+    rows = table(out, number, setup)
     if not rows:
         return []
     picture = PICTURE.format(number)
-    shown = save_picture(out, number, REPORT.parent / picture, guidance)
+    shown = save_picture(out, number, REPORT.parent / picture, setup)
     caption = [
         f"![Generated digits of Table {number}, a row for each network]({picture})",
         f"*From top to bottom: {'; '.join(row.label for row in shown)}.*",
     ]
-    return [rows, circumstances(out, number, guidance), *(caption if shown else [])]
+    return [rows, circumstances(out, number, setup), *(caption if shown else [])]
 
 
-def write_report(out: Path, numbers: Iterable[int] = tuple(TABLES), guidance: tuple[float, ...] = GUIDANCE) -> None:
-    """Put tables between their marks in docs/entities.md; one without results stays as it is."""
+def write_report(out: Path, numbers: Iterable[int] = tuple(TABLES), setup: Setup = DEFAULTS) -> None:
+    """Put tables between their marks in docs/entities.md, of results made as asked; one without any stays as it is."""
     text = REPORT.read_text(encoding="utf-8")
     for number in numbers:
         begin, end = (mark.format(number) for mark in MARKS)
         if text.count(begin) != 1 or text.count(end) != 1:
             raise SystemExit(f"{REPORT} must hold {begin} and {end} once each, around the place of the table.")
-        paragraphs = section(out, number, guidance)
+        others = left_out(out, number, setup)
+        if others:
+            names = ", ".join(path.stem for path in others)
+            log.info("Table %d: not made with %s, so left out: %s", number, setup.options, names)
+        paragraphs = section(out, number, setup)
         if not paragraphs:
             log.info("Table %d has no results and stays as it is.", number)
             continue
@@ -502,23 +535,26 @@ def main() -> None:
     parser.add_argument(
         "--precision", choices=("fp32", "tf32", "bf16"), help="arithmetic of all networks (default: fp32; cuda: bf16)"
     )
-    parser.add_argument("--device", choices=tuple(JOBS), default="cpu", help="on cuda, training is compiled")
+    parser.add_argument("--device", choices=tuple(JOBS), default="cpu")
+    parser.add_argument(
+        "--compile", action=argparse.BooleanOptionalAction, help="compile training (default: on cuda only)"
+    )
     parser.add_argument("--jobs", type=int, help="networks at a time, one CPU thread each (default: 2; cuda: 6)")
     parser.add_argument("--report", action="store_true", help="only write the report")
     options = parser.parse_args()
     setup_logs()
-    device, guidance = options.device, tuple(options.guidance)
+    device = options.device
+    setup = Setup(
+        epochs=dict(zip(EPOCHS, options.epochs, strict=True)),
+        precision=options.precision or PRECISION[device],
+        images=options.count,
+        device=device,
+        compiled=device == "cuda" if options.compile is None else options.compile,
+        guidance=tuple(options.guidance),
+    )
     if not options.report:
-        setup = Setup(
-            epochs=dict(zip(EPOCHS, options.epochs, strict=True)),
-            precision=options.precision or PRECISION[device],
-            images=options.count,
-            device=device,
-            compiled=device == "cuda",
-            guidance=guidance,
-        )
         run_all(options.out, studies_of(options.tables), options.seeds, setup, options.jobs or JOBS[device])
-    write_report(options.out, options.tables, guidance)
+    write_report(options.out, options.tables, setup)
 
 
 if __name__ == "__main__":

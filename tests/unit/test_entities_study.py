@@ -93,18 +93,23 @@ def test_only_what_the_picture_shows_is_kept(tmp_path):
     assert not samples.exists()
 
 
-def write_toy_results(out: Path, study: entities.Study, guidance: dict[str, list[float]], seed: int = 0) -> None:
+TOY = entities.Setup({entities.SMALL: 2.0, entities.LARGE: 3.0}, "bf16", 20, guidance=(1.0, 2.0))
+
+
+def write_toy_results(
+    out: Path, study: entities.Study, guidance: dict[str, list[float]], seed: int = 0, setup: entities.Setup = TOY
+) -> None:
     """The result of a run that was never made, and black images for its picture."""
     result = {
         "steps": 7, "loss": 1.0, "seconds": 60.0, "device": "A GPU", "torch": "2.9", "compiled": True,
-        "asked": {"epochs": 3.0, "precision": "bf16", "images": 20}, "guidance": guidance,
+        "asked": setup.asked(study), "guidance": guidance,
     }  # fmt: skip
     path = entities.result_of(out, study, seed)
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(result))
     for scale in guidance:
         samples = entities.samples_of(out, study, seed, float(scale))
-        samples.mkdir(parents=True)
+        samples.mkdir(parents=True, exist_ok=True)
         (samples / MANIFEST).write_text(json.dumps({"labels": list(range(10)) * 2}))
         for place in range(20):
             Image.new("L", (8, 8)).save(entities.image_path(samples, place))
@@ -126,10 +131,10 @@ def test_only_chosen_tables_with_results_are_rewritten(tmp_path, report):
         write_toy_results(out, entities.Study(entities.LARGE, entities.cell(size)), {"1": [5.0, 0.5], "2": [4.0, 0.75]})
     write_toy_results(out, entities.Study(entities.SMALL, entities.cell(2)), {"1": [9.0, 0.1], "2": [9.0, 0.1]})
 
-    entities.write_report(out, [3, 4, 5])  # nothing is judged at all four scales
+    entities.write_report(out, [3, 4, 5], TOY._replace(guidance=entities.GUIDANCE))  # nothing is judged at all four
     assert report.read_text(encoding="utf-8") == before
 
-    entities.write_report(out, [4], (1.0, 2.0))
+    entities.write_report(out, [4], TOY)
     begin, end = (mark.format(4) for mark in entities.MARKS)
     after = report.read_text(encoding="utf-8")
     assert after.partition(begin)[0] == before.partition(begin)[0]
@@ -137,14 +142,14 @@ def test_only_chosen_tables_with_results_are_rewritten(tmp_path, report):
     made = after.partition(begin)[2].partition(end)[0]
     assert "| 4 x 4 | 4 x 4 | 16 | 7 | 4.00 | 2 | 5.00 | 0.750 | 1 |" in made
     assert made.count("\n| ") == 1 + 2
-    assert "2 networks. Device: A GPU; torch 2.9; trained in bf16 compiled." in made
-    assert "3 for 16 x 16 tokens. Guidance scales: 1, 2; images at each: 20." in made
+    assert "2 networks, with `--tables 4 --epochs 2 3 --precision bf16 --count 20 --guidance 1 2`." in made
+    assert "Device: A GPU; torch 2.9; trained in bf16 compiled." in made
     assert "*From top to bottom: 4 x 4; 16 x 16.*" in made
     with Image.open(report.parent / "images" / "entities-table-4.png") as picture:
         assert picture.width > picture.height
     assert len(list((report.parent / "images").iterdir())) == 1
 
-    entities.write_report(out, [4], (1.0, 2.0))  # once more finds its marks and changes nothing
+    entities.write_report(out, [4], TOY)  # once more finds its marks and changes nothing
     assert report.read_text(encoding="utf-8") == after
 
 
@@ -157,8 +162,82 @@ def test_fewer_guidance_scales_complete_a_run_for_those_alone():
 
 def test_without_the_unguided_scale_its_column_is_a_dash(tmp_path, report):
     write_toy_results(tmp_path, entities.Study(entities.LARGE, entities.cell(4)), {"2": [4.0, 0.75]})
-    entities.write_report(tmp_path, [4], (2.0,))
+    entities.write_report(tmp_path, [4], TOY._replace(guidance=(2.0,)))
     assert "| 4.00 | 2 | – | 0.750 | 1 |" in report.read_text(encoding="utf-8")
+
+
+LONGER, FINER, MORE = {"epochs": {entities.LARGE: 60.0}}, {"precision": "fp32"}, {"images": 1000}
+
+
+@pytest.mark.parametrize("other", [LONGER, FINER, MORE], ids=str)
+def test_a_table_is_of_one_setting_and_says_what_it_leaves_out(other, tmp_path, report, caplog, monkeypatch):
+    study = entities.TABLES[4].rows[2].study
+    write_toy_results(tmp_path, study, {"1": [9.0, 0.5], "2": [4.0, 0.75]})
+    write_toy_results(tmp_path, study, {"1": [1.0, 0.5], "2": [1.0, 0.5]}, seed=1, setup=TOY._replace(**other))
+    monkeypatch.setattr(entities.log, "propagate", True)
+    caplog.set_level("INFO", logger="xar")
+    entities.write_report(tmp_path, [4], TOY)
+    assert "| 4 x 4 | 4 x 4 | 16 | 7 | 4.00 | 2 | 9.00 | 0.750 | 1 |" in report.read_text(encoding="utf-8")
+    assert f"left out: {study.slug}-seed1" in caplog.text
+
+
+def test_results_of_another_device_and_without_a_compiler_count(tmp_path):
+    study = entities.TABLES[4].rows[2].study
+    write_toy_results(tmp_path, study, {"1": [9.0, 0.5], "2": [4.0, 0.75]})  # on a GPU, compiled
+    assert set(entities.results_of(tmp_path, study, TOY._replace(device="cpu", compiled=False))) == {0}
+
+
+def test_the_picture_shows_no_network_of_another_setting(tmp_path, report):
+    study = entities.TABLES[4].rows[2].study
+    write_toy_results(tmp_path, study, {"1": [1.0, 0.5], "2": [1.0, 0.5]}, setup=TOY._replace(precision="fp32"))
+    write_toy_results(tmp_path, study, {"1": [9.0, 0.5], "2": [4.0, 0.75]}, seed=1)
+    assert entities.save_picture(tmp_path, 4, tmp_path / "picture.png", TOY) == []
+
+
+def trained(done: dict[str, int], monkeypatch) -> list[entities.TrainSettings]:
+    """What `run` hands to training, whose result is `done`; nothing is trained, drawn or judged."""
+    calls: list[entities.TrainSettings] = []
+
+    def train(settings):
+        calls.append(settings)
+        settings.out.mkdir(parents=True, exist_ok=True)
+        return done
+
+    monkeypatch.setattr(entities, "train", train)
+    monkeypatch.setattr(entities, "draw", lambda config, run, samples, *rest: None)
+    monkeypatch.setattr(entities, "resized", lambda samples, *rest: samples)
+    monkeypatch.setattr(entities, "judge", lambda *arguments: (float(len(calls)), 0.5))
+    monkeypatch.setattr(entities, "keep_pictured", lambda *arguments: None)
+    return calls
+
+
+@pytest.mark.parametrize("other", [LONGER, FINER, {"compiled": True}], ids=str)
+def test_a_network_made_otherwise_is_another_run_and_takes_over_no_number(other, tmp_path, monkeypatch):
+    study, more = entities.TABLES[4].rows[2].study, (1.0, 2.0, 3.0)
+    calls = trained({"steps": 7, "loss": 1.0, "seconds": 60.0}, monkeypatch)
+    entities.run(tmp_path, study, 0, TOY)
+    path = entities.run(tmp_path, study, 0, TOY._replace(guidance=more))  # the same network, judged once more
+    result = json.loads(path.read_text())
+    assert calls[0].out == calls[1].out
+    assert (result["seconds"], result["guidance"]) == (120.0, {"1": [1.0, 0.5], "2": [1.0, 0.5], "3": [2.0, 0.5]})
+
+    result = json.loads(entities.run(tmp_path, study, 0, TOY._replace(guidance=more, **other)).read_text())
+    assert calls[2].out != calls[0].out
+    assert (result["seconds"], result["guidance"]) == (60.0, {scale: [3.0, 0.5] for scale in "123"})
+
+
+def test_more_images_are_drawn_from_the_same_network(tmp_path, monkeypatch):
+    study = entities.TABLES[4].rows[2].study
+    calls = trained({"steps": 7, "loss": 1.0, "seconds": 60.0}, monkeypatch)
+    entities.run(tmp_path, study, 0, TOY)
+    result = json.loads(entities.run(tmp_path, study, 0, TOY._replace(**MORE)).read_text())
+    assert calls[1].out == calls[0].out
+    assert (result["seconds"], result["guidance"]) == (120.0, {"1": [2.0, 0.5], "2": [2.0, 0.5]})
+
+
+def test_results_keep_the_names_of_earlier_studies(tmp_path):
+    study = entities.TABLES[4].rows[3].study
+    assert entities.result_of(tmp_path, study, 0) == tmp_path / "results" / "16px-patch1-cell-size-8-random-seed0.json"
 
 
 def test_arithmetic_and_compiling_reach_the_recipe_of_a_run():
@@ -178,6 +257,8 @@ def test_arithmetic_and_compiling_reach_the_recipe_of_a_run():
             ["--device", "cuda", "--precision", "tf32", "--jobs", "3", "--tables", "3", "5"],
             ("tf32", "cuda", True, 3, 8),
         ),
+        (["--tables", "4", "--precision", "bf16", "--compile"], ("bf16", "cpu", True, 2, 5)),
+        (["--tables", "4", "--device", "cuda", "--no-compile"], ("bf16", "cuda", False, 6, 5)),
     ],
 )
 def test_defaults_follow_the_device(options, expected, monkeypatch):
@@ -189,3 +270,14 @@ def test_defaults_follow_the_device(options, expected, monkeypatch):
     ((_, studies, seeds, setup, jobs),) = calls
     assert (setup.precision, setup.device, setup.compiled, jobs, len(studies)) == expected
     assert (seeds, setup.guidance) == (3, entities.GUIDANCE)
+
+
+def test_the_report_is_of_the_options_alone(tmp_path, monkeypatch):
+    calls = []
+    monkeypatch.setattr(entities, "write_report", lambda *arguments: calls.append(arguments))
+    options = "--tables 4 --epochs 60 60 --precision bf16 --count 1000 --guidance 1 2 3"
+    monkeypatch.setattr("sys.argv", ["entities", "--report", "--out", str(tmp_path), *options.split()])
+    entities.main()
+    ((out, numbers, setup),) = calls
+    assert (out, numbers, f"--tables 4 {setup.options}") == (tmp_path, [4], options)
+    assert setup.asked(entities.YARDSTICKS[entities.LARGE]) == {"epochs": 60, "precision": "bf16", "images": 1000}
