@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
+import re
 from pathlib import Path
 
 import pytest
 import torch
+from typer.testing import CliRunner
 
+from xar_cli.cli.app import app
 from xar_cli.config import Config, dump_config, list_recipes, load_config_file, load_recipe, published_result
 from xar_cli.config.recipes import json_schema, override, validate
 from xar_cli.config.reference import config_reference
@@ -16,7 +20,6 @@ from xar_cli.config.schema import SubsampleEntity, TokenEntity
 from xar_cli.errors import UserError
 from xar_cli.model import XAR
 from xar_cli.model.transformer import count_parameters
-from xar_cli.train.plan import make_plan
 
 PUBLISHED = {
     # name: (dim, depth, heads, steps, guidance, parameters in millions, FID)
@@ -214,32 +217,77 @@ def test_the_config_reference_in_docs_is_what_the_schema_says():
     assert page.read_text(encoding="utf-8") == config_reference(), "run: xar recipes schema --markdown > docs/config.md"
 
 
-# Paper, Tables 3 to 5: xAR-B at 400 epochs. (file, FID, IS)
+# Paper, Tables 3 to 5: xAR-B at 400 epochs. (file, table, entity, context, FID, IS)
+CELL = {"kind": "cell", "size": 8, "order": "raster"}
 ABLATIONS = [
-    ("entity-token", 3.51, 251.4), ("entity-subsample", 3.58, 231.5), ("entity-image", 3.13, 253.4),
-    ("entity-scale", 2.90, 262.8), ("entity-cell", 2.48, 269.2),
-    ("cell-1", 3.51, None), ("cell-2", 3.04, None), ("cell-4", 2.61, None), ("cell-8", 2.48, None),
-    ("cell-16", 3.13, None),
-    ("context-clean", 3.45, None), ("context-increasing", 2.95, None), ("context-decreasing", 2.78, None),
-    ("context-random", 2.48, None),
-]  # fmt: skip
+    ("entity-token", 3, {"kind": "token", "order": "raster"}, "random", "3.51", "251.4"),
+    ("entity-subsample", 3, {"kind": "subsample", "stride": 2, "order": "raster"}, "random", "3.58", "231.5"),
+    ("entity-image", 3, {"kind": "image"}, "random", "3.13", "253.4"),
+    ("entity-scale", 3, {"kind": "scale", "sizes": (1, 2, 4, 8, 16), "resize": "area"}, "random", "2.90", "262.8"),
+    ("entity-cell", 3, CELL, "random", "2.48", "269.2"),
+    ("cell-1", 4, CELL | {"size": 1}, "random", "3.51", None),
+    ("cell-2", 4, CELL | {"size": 2}, "random", "3.04", None),
+    ("cell-4", 4, CELL | {"size": 4}, "random", "2.61", None),
+    ("cell-8", 4, CELL, "random", "2.48", None),
+    ("cell-16", 4, CELL | {"size": 16}, "random", "3.13", None),
+    ("context-clean", 5, CELL, "clean", "3.45", None),
+    ("context-increasing", 5, CELL, "increasing", "2.95", None),
+    ("context-decreasing", 5, CELL, "decreasing", "2.78", None),
+    ("context-random", 5, CELL, "random", "2.48", None),
+]
 
 
-@pytest.mark.parametrize(("name", "fid", "inception_score"), ABLATIONS)
-def test_ablations_are_base_for_400_epochs_with_one_change(name, fid, inception_score, tmp_path):
+def header_of(name: str) -> list[str]:
+    """The comment that a recipe opens with, line by line."""
+    lines = list_recipes()[name].read_text(encoding="utf-8").splitlines()
+    return [line.removeprefix("#").strip() for line in itertools.takewhile(lambda line: line.startswith("#"), lines)]
+
+
+def test_the_table_of_ablations_is_the_folder():
+    assert {f"ablations/{row[0]}" for row in ABLATIONS} == {name for name in list_recipes() if "/" in name}
+
+
+@pytest.mark.parametrize(("name", "table", "entity", "context", "fid", "inception_score"), ABLATIONS)
+def test_ablations_are_base_for_400_epochs_with_one_change(name, table, entity, context, fid, inception_score):
     config, base = load_recipe(f"ablations/{name}"), load_recipe("base")
-    assert config.published is not None
-    assert (config.published.fid, config.published.inception_score) == (fid, inception_score)
-    assert config.train.epochs == 400
-    kind, _, value = name.partition("-")
-    if kind == "context":
-        assert (config.train.context, config.entity) == (value, base.entity)
-    else:
-        assert config.train.context == "random"
-        assert config.entity.kind == ("cell" if kind == "cell" else value)
-    assert config.model == base.model
-    plan = make_plan(config, 8, config.data.num_images)
-    assert plan.total_steps == math.ceil(400 * 1_281_167 / 2048)
+    assert config.entity.model_dump() == entity
+    assert config.train == base.train.model_copy(update={"epochs": 400, "context": context})
+    for section in ("data", "tokenizer", "model", "sample", "evaluate"):
+        assert getattr(config, section) == getattr(base, section)
+
+
+@pytest.mark.parametrize(("name", "table", "entity", "context", "fid", "inception_score"), ABLATIONS)
+def test_ablations_state_what_the_paper_prints(name, table, entity, context, fid, inception_score):
+    config = load_recipe(f"ablations/{name}")
+    published, words = config.published, f"FID {fid}, IS {inception_score}" if inception_score else f"FID {fid}"
+    assert published is not None
+    found = published.fid, published.inception_score, published.source
+    assert found == (
+        float(fid), float(inception_score) if inception_score else None, f"arXiv 2502.20388, Table {table}"
+    )  # fmt: skip
+    assert published.parameters == (None if config.entity.kind == "scale" else 172.6)  # of the same network
+    assert (published.precision, published.recall, published.images_per_second) == (None, None, None)
+    assert header_of(f"ablations/{name}")[0] == f"xAR-B for 400 epochs: {words} (paper, Table {table})."
+    assert config.description == f"xAR-B, 400 epochs, FID {fid} (Table {table}, {name.replace('-', ' ')})"
+
+
+@pytest.mark.parametrize("name", list_recipes())
+def test_the_command_that_a_recipe_opens_with_plans_it(name, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    text = " ".join(header_of(name)).replace("\\ ", "")
+    command = re.search(r"xar (train --recipe \S+) --data \S+ (--out runs/\S+(?: --[a-z-]+ \S+)*)", text)
+    assert command is not None
+    words = f"{command[1]} {command[2]} --dry-run --json".replace("--node-rank R", "--node-rank 0").split()
+    assert words[2] == name
+    assert words[4] == f"runs/{name.rpartition('/')[2]}"
+    result = CliRunner().invoke(app, words)
+    assert result.exit_code == 0, result.output
+    plan, config = json.loads(result.stdout), load_recipe(name)
+    ranks = {"tiny": 1, "huge": 64}.get(name, 8)
+    assert plan["world_size"] == ranks
+    assert plan["batch_size_per_rank"] * plan["accumulation_steps"] * ranks == config.train.global_batch_size
+    images = config.train.epochs * config.data.num_images
+    assert plan["total_steps"] == math.ceil(images / config.train.global_batch_size)
 
 
 def test_a_recipe_that_extends_no_recipe(tmp_path):
