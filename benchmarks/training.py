@@ -4,11 +4,11 @@
     python -m benchmarks.training --device cuda                # batch 64, five steps a timing
     python -m benchmarks.training --device cuda --recipe large --no-plain     # ours alone
 
-Plain is SPEC as eager code: per-token modulation, dense mask, unfused AdamW (on a GPU by torch's default, over all
-tensors at once), one EMA update per parameter and `loss.item()` every step. Ours is the step of `xar train`, compiled.
-Every ratio is of two runs made one after the other (A B B A); median, minimum and maximum are printed, the plain code
-against itself first: that is the noise. Losses of both are compared for the same weights and draws before any speed is
-printed; with `--no-plain` they are not, and ours is timed alone.
+Plain is the paper's arithmetic as eager code (benchmarks/plain.py): per-token modulation, dense mask, unfused AdamW (on
+a GPU by torch's default, over all tensors at once), one EMA update per parameter and `loss.item()` every step. Ours is
+the step of `xar train`, compiled. Every ratio is of two runs made one after the other (A B B A); median, minimum and
+maximum are printed, the plain code against itself first: that is the noise. Losses of both are compared for the same
+weights and draws before any speed is printed; with `--no-plain` they are not, and ours is timed alone.
 """
 
 from __future__ import annotations

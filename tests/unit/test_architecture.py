@@ -71,6 +71,12 @@ def test_imports_run_one_way(path):
         assert allowed, f"{relative} imports {other}, which stands above or beside {own}"
 
 
+def test_design_md_tells_the_same_order():
+    text = (PACKAGE.parent / "docs" / "design.md").read_text(encoding="utf-8")
+    sentence = text.partition("Imports run one way")[2].partition("`.\n")[0]
+    assert [set(part.replace("`", "").split()) for part in sentence.partition(":\n")[2].split("→")] == ORDER
+
+
 def test_no_folder_for_leftovers():
     names = {path.name for path in PACKAGE.rglob("*") if path.is_dir()} | {path.stem for path in sources()}
     assert not names & FORBIDDEN_FOLDERS

@@ -76,7 +76,7 @@ def resize(values: np.ndarray, width: int, height: int, kernel) -> np.ndarray:
 
 
 def reference_crop(values: np.ndarray, size: int) -> np.ndarray:
-    """SPEC 1 in plain numpy."""
+    """ADM's centre crop in plain numpy."""
     values = values.astype(float)
     while min(values.shape) >= 2 * size:
         values = resize(values, values.shape[1] // 2, values.shape[0] // 2, box)
