@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,9 @@ from xar_cli.sample.settings import SampleSettings
 
 MANIFEST = "manifest.json"
 MANIFEST_FORMAT = {"format": "xar-samples", "version": 1}
-FREE_KEYS = ("count", "labels", "weights", "config", "class_names")  # may differ where a folder is completed
+FREE_KEYS = (  # may differ where a folder is completed, or follow from others
+    "count", "labels", "weights", "config", "class_names", "evaluations",
+)  # fmt: skip
 LATER_KEYS = ("tokenizer", "latent_scale", "entity", "decoder_precision")  # manifests of version 0.1.0 lack them
 PNG_OVERHEAD = 4096  # bytes beside the pixels: header and the file system's block
 
@@ -32,6 +35,7 @@ def make_manifest(settings: SampleSettings, weights_sha256: str, tokenizer: str)
         tokenizer: identity of the tokenizer.
     """
     config, plan = settings.config, SamplingPlan.of(settings.config)
+    passes = plan.evaluations()
     resolved = config.model_dump(mode="json")
     uniform = len(set(plan.num_steps)) == 1
     decodes = config.tokenizer.kind == "kl16"  # pixels are folded, which has no precision
@@ -51,6 +55,7 @@ def make_manifest(settings: SampleSettings, weights_sha256: str, tokenizer: str)
         "guidance_scale": config.sample.guidance_scale,
         "guidance_schedule": config.sample.guidance_schedule,
         "guidance_interval": list(plan.interval),
+        "evaluations": {"entities": len(plan.num_steps), **asdict(passes), "total_per_image": passes.total},
         "precision": config.train.precision,
         "image_size": resolved["data"]["image_size"],
         "image_channels": config.data.image_channels,
