@@ -18,7 +18,7 @@ from xar_cli.config.recipes import override
 from xar_cli.config.schema import Section
 from xar_cli.distributed import Ranks, process_group
 from xar_cli.errors import UserError
-from xar_cli.evaluate import Settings, evaluate
+from xar_cli.evaluate import Settings, evaluate, identify_inputs
 from xar_cli.evaluate.images import GeneratedImages
 from xar_cli.evaluate.protocols import pick_protocols
 from xar_cli.evaluate.reference import open_reference
@@ -123,8 +123,9 @@ def sweep_of_run(settings: SweepSettings) -> dict[str, Any]:
             )
 
         identity = {
-            "weights_sha256": source.weights_sha256, "reference": reference.name, "protocol": protocol,
-            "count": source.sampling.count, "seed": settings.seed, "solver": config.sample.solver,
+            "weights_sha256": source.weights_sha256, "tokenizer": source.codec.tokenizer.identity,
+            "reference": reference.name, "protocol": protocol, "count": source.sampling.count, "seed": settings.seed,
+            "solver": config.sample.solver, **identify_inputs(settings.reference, protocol, measure, ranks),
         }  # fmt: skip
         return run_sweep(
             out, identity, settings.guidance_scales or (config.sample.guidance_scale,),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -207,6 +208,22 @@ def test_sweep_scores_draws_and_resumes(capsys, run, digits, draws, tmp_path) ->
     assert len(draws) == 3
 
 
+def test_a_sweep_is_not_continued_against_other_images_of_the_same_name(capsys, run, digits, tmp_path) -> None:
+    reference = Path(shutil.copytree(digits[0], tmp_path / "real"))
+    command = [
+        "fid", "sweep", "--run", run, "--reference", reference, "--guidance-scale", "1", "--num-steps", "2",
+        "--count", 20, "--out", tmp_path / "sweep", "--no-feature-cache",
+    ]  # fmt: skip
+    assert xar(capsys, *command)[0] == 0
+    identity = json.loads((tmp_path / "sweep" / "sweep.json").read_text())
+    assert identity["tokenizer"].startswith("pixels")
+    assert len(identity["reference_sha256"]) == len(identity["network_weights"]["digits"]) == 64
+    next(reference.rglob("*.png")).unlink()
+    code, _, err = xar(capsys, *command)
+    assert code == 2
+    assert "holds a sweep with another reference_sha256" in " ".join(err.split())
+
+
 @pytest.mark.slow
 def test_two_ranks_give_the_number_of_one(run, digits, tmp_path) -> None:
     def judge(ranks: int, *arguments: object) -> dict:
@@ -229,8 +246,6 @@ def test_two_ranks_give_the_number_of_one(run, digits, tmp_path) -> None:
 
 @pytest.mark.slow
 def test_a_bad_image_on_one_of_two_ranks_ends_both_with_its_name(digits, tmp_path) -> None:
-    import shutil
-
     samples = Path(shutil.copytree(digits[1], tmp_path / "samples"))
     last = sorted(samples.rglob("*.png"))[-1]
     last.write_bytes(b"\x89PNG not really")

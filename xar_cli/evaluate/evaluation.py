@@ -18,6 +18,7 @@ from xar_cli.config.schema import Section, Sides, height_and_width, pixels_text,
 from xar_cli.distributed import Ranks
 from xar_cli.errors import UserError
 from xar_cli.evaluate import metrics
+from xar_cli.evaluate.digits import weights_sha256 as digits_sha256
 from xar_cli.evaluate.features import FeatureTable, content_hash_of, extract, spread_rows
 from xar_cli.evaluate.images import ImageSet, open_images
 from xar_cli.evaluate.judge import Judge
@@ -123,6 +124,22 @@ def evaluate(
 def check_inputs(reference: Path | ImageSet, protocol: str | Sequence[str], settings: Settings) -> None:
     """Raise the UserError that `evaluate` would raise before it looks at any sample."""
     _open_inputs(reference, protocol, settings)
+
+
+def identify_inputs(
+    reference: Path | ImageSet, protocol: str | Sequence[str], settings: Settings, ranks: Ranks
+) -> dict[str, Any]:
+    """What numbers depend on beside samples and settings, by content: the reference, and each network's weights.
+
+    Raises:
+        UserError: as `evaluate`.
+    """
+    _, against, weights = _open_inputs(reference, protocol, settings)
+    digest = against.content_hash
+    if not digest and against.images is not None:
+        digest = _Extraction(settings, ranks).content_hash(against.images)
+    hashes = {name: digits_sha256() if found is None else found.sha256 for name, found in weights.items()}
+    return {"reference_sha256": digest, "network_weights": hashes}
 
 
 def make_statistics(
