@@ -135,6 +135,19 @@ def test_dry_run_writes_nothing(capsys, weights, tmp_path):
     assert not (tmp_path / "s").exists()
 
 
+def test_plan_and_result_tell_the_chosen_classes(capsys, weights, tmp_path):
+    chosen = [*weights, "--count", 2, "--class", "7,2-2", "--out", tmp_path / "s"]
+    assert sample(capsys, *chosen, "--dry-run")["classes"] == sample(capsys, *chosen)["classes"] == "7, 2"
+
+
+def test_the_plan_of_a_model_without_classes_names_neither_classes_nor_guidance(tmp_path):
+    settings = stage.SampleSettings(
+        config=override(small_config(), ["data.num_classes=0"]), weights="w", out=tmp_path, count=4, classes=(0,)
+    )
+    plan = dict(stage.describe_settings(settings))
+    assert (plan["classes"], plan["guidance"]) == ("none", "none")
+
+
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
