@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import cast
 
 from xar_cli.errors import UserError
 
@@ -173,6 +174,8 @@ def _hub_errors(what: str) -> Iterator[None]:
         RevisionNotFoundError,
     )
 
+    # Its bases are the errors of whichever client the library uses (requests, httpx, ...): those of the connection too.
+    failures = cast(tuple[type[Exception], ...], (*HfHubHTTPError.__bases__, OSError))
     try:
         yield
     except GatedRepoError:
@@ -197,10 +200,11 @@ def _hub_errors(what: str) -> Iterator[None]:
         raise UserError(f"The repository has no such file: '{what}'.", "Check the file name on its page.") from None
     except HFValidationError as error:
         raise UserError(f"'{what}' is not a valid name on the hub: {error}.", "Write it as owner/name.") from None
-    except (HfHubHTTPError, OSError) as error:
+    except failures as error:
         line = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise UserError(
             f"The exchange with the hub about '{what}' failed: {line}.",
-            "Try again; for an upload check that you are logged in (`hf auth login`) and may write there.",
+            "Check the connection and try again; for an upload check also that you are logged in (`hf auth login`) and "
+            "may write there.",
             exit_code=1,
         ) from None
