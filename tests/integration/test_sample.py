@@ -323,6 +323,11 @@ def test_images_that_are_not_finite_end_the_work(capsys, tmp_path):
     assert "infinite or not a number: 0, 1, 2, 3, 4, 5, 6." in error
     assert "--set train.precision=bf16" in error
     assert not list((tmp_path / "s").glob("*.png"))
+    advised = (*weights, "--count", 12, "--unbalanced", "--out", tmp_path / "s", "--set", "train.precision=bf16")
+    assert "not a number" in refused(capsys, *advised, code=1)  # the folder takes other settings
+    assert json.loads((tmp_path / "s" / "manifest.json").read_text())["precision"] == "bf16"
+    (tmp_path / "s" / "samples.npz").write_bytes(b"images that are packed alone")
+    assert "precision: bf16 there, fp32 here" in refused(capsys, *advised[:-2])
     assert "not a number: 0." in refused(capsys, *weights, "--explain", tmp_path / "e.png", code=1)
 
 
