@@ -99,10 +99,18 @@ def local_file(source: str | Path) -> Path:
     """The local path of a source: a path as it is, a hub name after fetching it (or from the cache).
 
     Raises:
-        UserError: the hub does not have it, refuses it, or cannot be reached and the cache has no copy.
+        UserError: the hub does not have it, refuses it, or cannot be reached and the cache has no copy; a path that
+            the system does not take.
     """
     file = parse_hub_name(source)
-    return Path(source) if file is None else fetch(file)
+    if file is not None:
+        return fetch(file)
+    path = Path(source)
+    try:
+        path.exists()
+    except OSError as error:  # a name that is too long, a folder that may not be read
+        raise UserError(f"'{source}' cannot be opened: {error.strerror}.", "Check the path.") from None
+    return path
 
 
 def fetch(file: HubFile) -> Path:

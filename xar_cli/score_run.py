@@ -96,7 +96,8 @@ def fid_of_run(settings: RunSettings) -> dict[str, Any]:
 def sweep_of_run(settings: SweepSettings) -> dict[str, Any]:
     """Score every combination of guidance and steps; returns what `--json` prints."""
     reference = open_reference(settings.reference, settings.measure.image_size)
-    out = settings.out or RunDir(settings.run).root / "sweep"
+    run = RunDir(settings.run).require()
+    out = settings.out or run.root / "sweep"
     require_writable(out, 1 << 20, "the sweep")
     with process_group(settings.device) as ranks:
         source = _Source(settings, ranks)

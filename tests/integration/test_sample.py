@@ -129,6 +129,20 @@ def test_explain_makes_one_picture_and_nothing_else(capsys, weights, tmp_path):
     assert height == 4 * (112 + 18 + 4)
 
 
+def test_the_plan_of_explain_is_that_of_one_picture(capsys, weights, tmp_path):
+    picture = tmp_path / "explained.png"
+    plan = sample(capsys, *weights, "--class", "3,5", "--explain", picture, "--dry-run")
+    assert plan["images"].startswith("1 of 8 x 8")
+    assert plan["classes"] in ("3", "5")  # that of image 0
+    assert plan["written to"] == str(picture)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_leading_zeros_make_no_octal_number(capsys, weights, tmp_path):
+    plan = sample(capsys, *weights, "--num-steps", "010", "--out", tmp_path / "s", "--dry-run")
+    assert "euler, 10 + 10 + 10 + 10 steps" in plan["solver"]
+
+
 def test_dry_run_writes_nothing(capsys, weights, tmp_path):
     plan = sample(capsys, *weights, "--count", 20, "--out", tmp_path / "s", "--dry-run", "--guidance-scale", 1)
     assert plan["network evaluations"] == "11 an image, 0 of them for guidance"
@@ -360,7 +374,7 @@ def test_a_decoder_of_narrow_range_is_suspected_first():
 
 @pytest.mark.parametrize("rank", [0, 1])
 def test_every_process_takes_its_part_of_what_is_missing(capsys, weights, tmp_path, monkeypatch, rank):
-    """All even numbers are missing: by the number itself, one of two processes would have nothing to do."""
+    """Nine even numbers are missing: by the number itself, one of two processes would have nothing to do."""
 
     class Pair(Ranks):
         def on_main(self, compute):
@@ -372,14 +386,18 @@ def test_every_process_takes_its_part_of_what_is_missing(capsys, weights, tmp_pa
 
     out, taken = tmp_path / "s", []
     sample(capsys, *weights, "--count", 20, "--out", out)
-    for index in range(0, 20, 2):
+    for index in range(0, 18, 2):
         image_path(out, index).unlink()
     monkeypatch.setattr(stage, "process_group", pair)
     monkeypatch.setattr(stage, "_draw", lambda settings, labels, mine, *_: taken.extend(mine) or 0.0)
     capsys.readouterr()
-    assert xar("sample", *weights, "--count", 20, "--out", out) == 0
-    assert taken == list(range(2 * rank, 20, 4))
-    assert bool(capsys.readouterr().out) == (rank == 0)  # the first process speaks for all
+    assert xar("sample", *weights, "--count", 20, "--out", out, "--json") == 0
+    assert taken == list(range(2 * rank, 18, 4))
+    told = capsys.readouterr().out
+    assert bool(told) == (rank == 0)  # the first process speaks for all
+    if told:
+        result = json.loads(told)
+        assert result["images_per_second"] * result["seconds"] == pytest.approx(9)
 
 
 def test_images_do_not_depend_on_the_share_of_a_process(capsys, weights, tmp_path):

@@ -12,7 +12,7 @@ MAX_LISTED = 10  # classes told by name before 'and N more'
 
 
 def parse_classes(text: str | None, num_classes: int, names: Sequence[str] = ()) -> list[int]:
-    """The labels that a text such as '3', '0-9' or 'otter,360,goldfish' stands for, each once, in its order.
+    """The labels that a text such as '3', '0-9' or 'otter,281,goldfish' stands for, each once, in its order.
 
     A name is looked for among `names` (one per class, synonyms divided by commas), whole synonyms first and then as
     whole words of one; it must fit exactly one class. None stands for all classes; a model without classes has the

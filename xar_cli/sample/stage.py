@@ -66,7 +66,7 @@ def sample(settings: SampleSettings) -> dict[str, Any]:
                 return {}
             made = _pack(settings, manifest, bool(missing), patience_for(slowest))
             made |= _grid(settings, patience_for(slowest))
-        speed = len(mine) * ranks.world_size / seconds if mine else None
+        speed = len(missing) / seconds if mine else None
         if speed is not None:
             log.info("%s: %.3g images/s", describe_speed(settings.config, ranks), speed)
         return {
