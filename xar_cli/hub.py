@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import cast
 
 from xar_cli.errors import UserError
 
@@ -98,10 +99,18 @@ def local_file(source: str | Path) -> Path:
     """The local path of a source: a path as it is, a hub name after fetching it (or from the cache).
 
     Raises:
-        UserError: the hub does not have it, refuses it, or cannot be reached and the cache has no copy.
+        UserError: the hub does not have it, refuses it, or cannot be reached and the cache has no copy; a path that
+            the system does not take.
     """
     file = parse_hub_name(source)
-    return Path(source) if file is None else fetch(file)
+    if file is not None:
+        return fetch(file)
+    path = Path(source)
+    try:
+        path.exists()
+    except OSError as error:  # a name that is too long, a folder that may not be read
+        raise UserError(f"'{source}' cannot be opened: {error.strerror}.", "Check the path.") from None
+    return path
 
 
 def fetch(file: HubFile) -> Path:
@@ -173,6 +182,8 @@ def _hub_errors(what: str) -> Iterator[None]:
         RevisionNotFoundError,
     )
 
+    # Its bases are the errors of whichever client the library uses (requests, httpx, ...): those of the connection too.
+    failures = cast(tuple[type[Exception], ...], (*HfHubHTTPError.__bases__, OSError))
     try:
         yield
     except GatedRepoError:
@@ -197,10 +208,11 @@ def _hub_errors(what: str) -> Iterator[None]:
         raise UserError(f"The repository has no such file: '{what}'.", "Check the file name on its page.") from None
     except HFValidationError as error:
         raise UserError(f"'{what}' is not a valid name on the hub: {error}.", "Write it as owner/name.") from None
-    except (HfHubHTTPError, OSError) as error:
+    except failures as error:
         line = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise UserError(
             f"The exchange with the hub about '{what}' failed: {line}.",
-            "Try again; for an upload check that you are logged in (`hf auth login`) and may write there.",
+            "Check the connection and try again; for an upload check also that you are logged in (`hf auth login`) and "
+            "may write there.",
             exit_code=1,
         ) from None

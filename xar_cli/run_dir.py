@@ -99,7 +99,11 @@ class RunDir:
 
     def require(self) -> RunDir:
         """This run folder, or a UserError where there is none."""
-        if not self.exists():
+        try:
+            there = self.exists()
+        except OSError as error:  # a name that is too long, a folder that may not be read
+            raise UserError(f"'{self.root}' cannot be opened: {error.strerror}.", "Check the path.") from None
+        if not there:
             raise UserError(
                 f"'{self.root}' is not a run folder: it has no {self.config.name}.",
                 "Give the folder that `xar train --out` wrote.",

@@ -18,16 +18,16 @@ from xar_cli.config.recipes import override
 from xar_cli.config.schema import Section
 from xar_cli.distributed import Ranks, process_group
 from xar_cli.errors import UserError
-from xar_cli.evaluate import Settings, evaluate
+from xar_cli.evaluate import Settings, evaluate, identify_inputs
 from xar_cli.evaluate.images import GeneratedImages
 from xar_cli.evaluate.protocols import pick_protocols
 from xar_cli.evaluate.reference import open_reference
-from xar_cli.evaluate.report import write_report
+from xar_cli.evaluate.report import facts_of_sampling, write_report
 from xar_cli.evaluate.stage import REPORT_BYTES
 from xar_cli.evaluate.sweep import Point, Score, Steps, run_sweep
 from xar_cli.run_dir import RunDir, require_writable
 from xar_cli.sample.network import SamplingNetwork
-from xar_cli.sample.request import build_settings
+from xar_cli.sample.request import build_settings, sampling_overrides
 from xar_cli.sample.stage import SampleSettings, draw_images, expect_images, load_codec, make_manifest, ready_network
 from xar_cli.weights import open_weights
 
@@ -42,7 +42,8 @@ class RunSettings(Section):
         count: images to draw; None for the recipe's.
         seed: of noise and labels.
         tokenizer_weights: file of KL-16's weights.
-        measure: how to measure.
+        measure: how to measure; its batch size is that of the draws.
+        batch_size: images drawn together; None for the recipe's.
         report: folder for the report, or None.
         device: auto, cpu, cuda or cuda:N.
     """
@@ -54,6 +55,7 @@ class RunSettings(Section):
     seed: int = 0
     tokenizer_weights: Path | None = None
     measure: Settings
+    batch_size: int | None = None
     report: Path | None = None
     device: str = "auto"
 
@@ -79,13 +81,14 @@ def fid_of_run(settings: RunSettings) -> dict[str, Any]:
     with process_group(settings.device) as ranks:
         source = _Source(settings, ranks)
         images = source.images(source.sampling)
+        made = facts_of_sampling(images)
         measure = settings.measure.model_copy(update={"batch_size": source.sampling.config.sample.batch_size})
         found = evaluate(images, settings.reference, source.protocols, settings=measure, ranks=ranks)
         if not ranks.is_main:
             return {}
         result = found.as_dict()
         if settings.report is not None:
-            paths = write_report(settings.report, found, images, settings.reference, measure)
+            paths = write_report(settings.report, found, made, images, settings.reference, measure)
             result["report"] = {name: str(path) for name, path in paths.items()}
         return result
 
@@ -93,7 +96,8 @@ def fid_of_run(settings: RunSettings) -> dict[str, Any]:
 def sweep_of_run(settings: SweepSettings) -> dict[str, Any]:
     """Score every combination of guidance and steps; returns what `--json` prints."""
     reference = open_reference(settings.reference, settings.measure.image_size)
-    out = settings.out or RunDir(settings.run).root / "sweep"
+    run = RunDir(settings.run).require()
+    out = settings.out or run.root / "sweep"
     require_writable(out, 1 << 20, "the sweep")
     with process_group(settings.device) as ranks:
         source = _Source(settings, ranks)
@@ -102,7 +106,7 @@ def sweep_of_run(settings: SweepSettings) -> dict[str, Any]:
         protocol = source.protocols[0]
 
         def score(point: Point) -> Score | None:
-            if "model" not in vars(source):  # a first batch, so that compiling does not count in the speed
+            if "network" not in vars(source):  # a first batch, so that compiling does not count in the speed
                 warm_up = range(min(config.sample.batch_size, source.sampling.count))
                 source.images(source.sampling).load_many(list(warm_up))
             values = [f"sample.guidance_scale={point.guidance_scale}", f"sample.num_steps={point.num_steps}"]
@@ -120,8 +124,9 @@ def sweep_of_run(settings: SweepSettings) -> dict[str, Any]:
             )
 
         identity = {
-            "weights_sha256": source.weights_sha256, "reference": reference.name, "protocol": protocol,
-            "count": source.sampling.count, "seed": settings.seed, "solver": config.sample.solver,
+            "weights_sha256": source.weights_sha256, "tokenizer": source.codec.tokenizer.identity,
+            "reference": reference.name, "protocol": protocol, "count": source.sampling.count, "seed": settings.seed,
+            "solver": config.sample.solver, **identify_inputs(settings.reference, protocol, measure, ranks),
         }  # fmt: skip
         return run_sweep(
             out, identity, settings.guidance_scales or (config.sample.guidance_scale,),
@@ -142,8 +147,9 @@ class _Source:
         self.ranks, self.drawn, self.seconds = ranks, 0, 0.0
         run = RunDir(settings.run).require()
         nothing = build_settings(
-            run.root, None, (), ema=True, classes=None, count=settings.count or 1, seed=settings.seed, out=Path("."),
-            tokenizer_weights=settings.tokenizer_weights, device=settings.device,
+            run.root, None, sampling_overrides(batch_size=settings.batch_size), ema=True, classes=None,
+            count=settings.count or 1, seed=settings.seed, out=Path("."), tokenizer_weights=settings.tokenizer_weights,
+            device=settings.device,
         )  # fmt: skip
         config = nothing.config
         self.sampling = nothing.model_copy(update={"count": settings.count or config.evaluate.count})
@@ -169,14 +175,16 @@ class _Source:
 
         def draw(indices: Sequence[int]) -> np.ndarray:
             began = time.monotonic()
-            chosen = list(indices)
-            drawn = draw_images(
-                sampling.config, self.network, self.codec, sampling.seed, chosen, [labels[index] for index in chosen],
-                self.ranks.device,
-            )  # fmt: skip
-            pixels = drawn.permute(0, 2, 3, 1).expand(-1, -1, -1, 3).cpu().numpy()
-            self.drawn, self.seconds = self.drawn + len(chosen), self.seconds + time.monotonic() - began
-            return pixels
+            pieces = []
+            for start in range(0, len(indices), sampling.config.sample.batch_size):
+                piece = list(indices[start : start + sampling.config.sample.batch_size])
+                drawn = draw_images(
+                    sampling.config, self.network, self.codec, sampling.seed, piece, [labels[index] for index in piece],
+                    self.ranks.device,
+                )  # fmt: skip
+                pieces.append(drawn.permute(0, 2, 3, 1).expand(-1, -1, -1, 3).cpu().numpy())
+            self.drawn, self.seconds = self.drawn + len(indices), self.seconds + time.monotonic() - began
+            return np.concatenate(pieces)
 
         identity = {key: value for key, value in manifest.items() if key not in ("labels", "weights", "class_names")}
         return GeneratedImages(

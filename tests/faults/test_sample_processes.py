@@ -11,6 +11,7 @@ import sys
 import time
 from pathlib import Path
 
+import h5py
 import numpy as np
 import pytest
 from PIL import Image
@@ -103,6 +104,36 @@ def test_two_processes_on_a_disk_that_becomes_full_keep_what_they_made(weights, 
     assert not list(out.glob("*.tmp"))
     finish(command(*weights, "--count", 20, *SLOW_STEPS, "--out", tmp_path / "other", "--json"))
     assert np.abs(found[:20].astype(int) - pixels(tmp_path / "other", 20)).max() <= 1
+
+
+def fill(disk: Path, left: int) -> None:
+    """Take all space of a disk but for `left` bytes."""
+    with (disk / "filler").open("wb", buffering=0) as file:
+        with contextlib.suppress(OSError):
+            while True:
+                file.write(bytes(4096))
+        file.truncate(file.tell() - left)
+
+
+@pytest.mark.parametrize("pack", ["npz", "hdf5"])
+def test_a_packed_file_on_a_disk_that_becomes_full_leaves_the_images_and_no_part_of_itself(weights, small_disk, pack):
+    """The space of the pixels is there, and asked for; that of labels and manifest is not."""
+    out, count = small_disk / "s", 400
+    images = command(*weights, "--count", count, "--out", out, "--json")
+    finish(images)
+    fill(small_disk, left=(3 if pack == "npz" else 1) * count * 64 // 4096 * 4096 + 4096)
+    done = subprocess.run([*images, "--pack", pack], capture_output=True, text=True, env=ENVIRONMENT, timeout=300)
+    assert done.returncode == 1, done.stderr
+    assert "No space left on device" in done.stderr
+    assert "the same command makes the rest" in " ".join(done.stderr.split())
+    assert {path.suffix for path in out.iterdir()} == {".png", ".json"}
+    (small_disk / "filler").unlink()
+    made = finish([*images, "--pack", pack])
+    assert made["made"] == 0
+    if pack == "hdf5":
+        with h5py.File(made[pack]) as file:
+            assert np.array_equal(file["images"][..., 0], pixels(out, count))
+            assert np.array_equal(file["labels"], json.loads((out / "manifest.json").read_text())["labels"])
 
 
 def test_under_torchrun_the_first_process_alone_speaks_and_makes_the_grid(weights, tmp_path):

@@ -209,3 +209,25 @@ def test_fid_without_inception_weights_says_where_to_get_them(capsys, made, monk
     err = capsys.readouterr().err
     assert "weights-inception-2015-12-05-6726825d.pth" in err
     assert "--inception-weights" in err
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        ("sample", "--weights"),
+        ("sample", "--run"),
+        ("fid", "--reference", "images", "--run"),
+        ("fid", "sweep", "--reference", "images", "--run"),
+    ],
+)
+def test_a_name_too_long_for_a_file(capsys, made, monkeypatch, command):
+    monkeypatch.chdir(made)
+    assert "cannot be opened: File name too long" in refused(capsys, *command, "a" * 300)
+
+
+@pytest.mark.parametrize(("key", "value"), [("labels", None), ("count", "4")])
+def test_a_damaged_manifest_of_samples(capsys, work, key, value):
+    path = work / "samples" / "manifest.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), key: value}))
+    error = refused(capsys, "sample", "--run", work / "run", "--count", "4", "--num-steps", "2", "--out", path.parent)
+    assert "is damaged or not a manifest of samples" in error

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
+from xar_cli import score_run
 from xar_cli.cli.app import main
 from xar_cli.data.digits import write_digits
+from xar_cli.sample.stage import draw_images
 
 SMALL = ["--set", "model.dim=32", "--set", "model.depth=1", "--set", "model.heads=2"]
 SHORT = ["--set", "train.global_batch_size=100", "--set", "train.epochs=0.2", "--set", "train.checkpoint_every=3"]
@@ -158,7 +161,36 @@ def test_images_of_a_run_are_judged_without_writing_them(capsys, run, digits, tm
         assert metric["value"] == pytest.approx(direct["protocols"]["digits"]["metrics"][key]["value"], rel=1e-3), key
 
 
-def test_sweep_scores_draws_and_resumes(capsys, run, digits, tmp_path) -> None:
+@pytest.fixture
+def draws(monkeypatch) -> list[int]:
+    """How many images each batch of a run has drawn."""
+    counted: list[int] = []
+
+    def draw(config, network, codec, seed, indices, *rest):
+        counted.append(len(indices))
+        return draw_images(config, network, codec, seed, indices, *rest)
+
+    monkeypatch.setattr(score_run, "draw_images", draw)
+    return counted
+
+
+def test_images_of_a_run_are_drawn_in_batches_of_the_recipe_or_of_the_option(
+    capsys, run, digits, draws, tmp_path
+) -> None:
+    """Those of the report too: two of each class in eight batches, then eight beside their nearest real images."""
+    common = ["--run", run, "--count", 20, "--reference", digits[0], "--no-feature-cache", "--error-bars", "none"]
+    assert xar(capsys, "fid", *common)[0] == 0
+    assert draws == [20]  # the recipe's 250 are more
+    draws.clear()
+    code, _, err = xar(capsys, "fid", *common, "--batch-size", 6, "--report", tmp_path / "report", "--json")
+    assert code == 0, err
+    assert draws == [6, 6, 6, 2, *(6, 6, 6, 2), *(6, 2)]
+    report = json.loads((tmp_path / "report" / "report.json").read_text())
+    assert report["settings"]["batch_size"] == 6
+    assert report["cost"]["total_per_image"] == sum(report["cost"][key] for key in ("conditional", "null", "commits"))
+
+
+def test_sweep_scores_draws_and_resumes(capsys, run, digits, draws, tmp_path) -> None:
     command = [
         "fid", "sweep", "--run", run, "--reference", digits[0], "--guidance-scale", "1:2:1", "--num-steps", "2",
         "--count", 20, "--out", tmp_path / "sweep", "--no-feature-cache", "--json",
@@ -167,11 +199,29 @@ def test_sweep_scores_draws_and_resumes(capsys, run, digits, tmp_path) -> None:
     assert code == 0, err
     result = json.loads(out)
     assert [point["point"]["guidance_scale"] for point in result["points"]] == [1.0, 2.0]
+    assert draws == [20, 20, 20]  # the first one warms up
     assert all(point["images_per_second"] > 0 and point["error"] > 0 for point in result["points"])
     assert Path(result["plot"]).is_file()
     code, out, err = xar(capsys, *command)
     assert json.loads(out) == result
     assert "2 of 2 points are done" in err
+    assert len(draws) == 3
+
+
+def test_a_sweep_is_not_continued_against_other_images_of_the_same_name(capsys, run, digits, tmp_path) -> None:
+    reference = Path(shutil.copytree(digits[0], tmp_path / "real"))
+    command = [
+        "fid", "sweep", "--run", run, "--reference", reference, "--guidance-scale", "1", "--num-steps", "2",
+        "--count", 20, "--out", tmp_path / "sweep", "--no-feature-cache",
+    ]  # fmt: skip
+    assert xar(capsys, *command)[0] == 0
+    identity = json.loads((tmp_path / "sweep" / "sweep.json").read_text())
+    assert identity["tokenizer"].startswith("pixels")
+    assert len(identity["reference_sha256"]) == len(identity["network_weights"]["digits"]) == 64
+    next(reference.rglob("*.png")).unlink()
+    code, _, err = xar(capsys, *command)
+    assert code == 2
+    assert "holds a sweep with another reference_sha256" in " ".join(err.split())
 
 
 @pytest.mark.slow
@@ -196,8 +246,6 @@ def test_two_ranks_give_the_number_of_one(run, digits, tmp_path) -> None:
 
 @pytest.mark.slow
 def test_a_bad_image_on_one_of_two_ranks_ends_both_with_its_name(digits, tmp_path) -> None:
-    import shutil
-
     samples = Path(shutil.copytree(digits[1], tmp_path / "samples"))
     last = sorted(samples.rglob("*.png"))[-1]
     last.write_bytes(b"\x89PNG not really")

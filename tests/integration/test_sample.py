@@ -129,10 +129,37 @@ def test_explain_makes_one_picture_and_nothing_else(capsys, weights, tmp_path):
     assert height == 4 * (112 + 18 + 4)
 
 
+def test_the_plan_of_explain_is_that_of_one_picture(capsys, weights, tmp_path):
+    picture = tmp_path / "explained.png"
+    plan = sample(capsys, *weights, "--class", "3,5", "--explain", picture, "--dry-run")
+    assert plan["images"].startswith("1 of 8 x 8")
+    assert plan["classes"] in ("3", "5")  # that of image 0
+    assert plan["written to"] == str(picture)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_leading_zeros_make_no_octal_number(capsys, weights, tmp_path):
+    plan = sample(capsys, *weights, "--num-steps", "010", "--out", tmp_path / "s", "--dry-run")
+    assert "euler, 10 + 10 + 10 + 10 steps" in plan["solver"]
+
+
 def test_dry_run_writes_nothing(capsys, weights, tmp_path):
     plan = sample(capsys, *weights, "--count", 20, "--out", tmp_path / "s", "--dry-run", "--guidance-scale", 1)
     assert plan["network evaluations"] == "11 an image, 0 of them for guidance"
     assert not (tmp_path / "s").exists()
+
+
+def test_plan_and_result_tell_the_chosen_classes(capsys, weights, tmp_path):
+    chosen = [*weights, "--count", 2, "--class", "7,2-2", "--out", tmp_path / "s"]
+    assert sample(capsys, *chosen, "--dry-run")["classes"] == sample(capsys, *chosen)["classes"] == "7, 2"
+
+
+def test_the_plan_of_a_model_without_classes_names_neither_classes_nor_guidance(tmp_path):
+    settings = stage.SampleSettings(
+        config=override(small_config(), ["data.num_classes=0"]), weights="w", out=tmp_path, count=4, classes=(0,)
+    )
+    plan = dict(stage.describe_settings(settings))
+    assert (plan["classes"], plan["guidance"]) == ("none", "none")
 
 
 @pytest.mark.parametrize(
@@ -310,6 +337,11 @@ def test_images_that_are_not_finite_end_the_work(capsys, tmp_path):
     assert "infinite or not a number: 0, 1, 2, 3, 4, 5, 6." in error
     assert "--set train.precision=bf16" in error
     assert not list((tmp_path / "s").glob("*.png"))
+    advised = (*weights, "--count", 12, "--unbalanced", "--out", tmp_path / "s", "--set", "train.precision=bf16")
+    assert "not a number" in refused(capsys, *advised, code=1)  # the folder takes other settings
+    assert json.loads((tmp_path / "s" / "manifest.json").read_text())["precision"] == "bf16"
+    (tmp_path / "s" / "samples.npz").write_bytes(b"images that are packed alone")
+    assert "precision: bf16 there, fp32 here" in refused(capsys, *advised[:-2])
     assert "not a number: 0." in refused(capsys, *weights, "--explain", tmp_path / "e.png", code=1)
 
 
@@ -342,7 +374,7 @@ def test_a_decoder_of_narrow_range_is_suspected_first():
 
 @pytest.mark.parametrize("rank", [0, 1])
 def test_every_process_takes_its_part_of_what_is_missing(capsys, weights, tmp_path, monkeypatch, rank):
-    """All even numbers are missing: by the number itself, one of two processes would have nothing to do."""
+    """Nine even numbers are missing: by the number itself, one of two processes would have nothing to do."""
 
     class Pair(Ranks):
         def on_main(self, compute):
@@ -354,14 +386,18 @@ def test_every_process_takes_its_part_of_what_is_missing(capsys, weights, tmp_pa
 
     out, taken = tmp_path / "s", []
     sample(capsys, *weights, "--count", 20, "--out", out)
-    for index in range(0, 20, 2):
+    for index in range(0, 18, 2):
         image_path(out, index).unlink()
     monkeypatch.setattr(stage, "process_group", pair)
     monkeypatch.setattr(stage, "_draw", lambda settings, labels, mine, *_: taken.extend(mine) or 0.0)
     capsys.readouterr()
-    assert xar("sample", *weights, "--count", 20, "--out", out) == 0
-    assert taken == list(range(2 * rank, 20, 4))
-    assert bool(capsys.readouterr().out) == (rank == 0)  # the first process speaks for all
+    assert xar("sample", *weights, "--count", 20, "--out", out, "--json") == 0
+    assert taken == list(range(2 * rank, 18, 4))
+    told = capsys.readouterr().out
+    assert bool(told) == (rank == 0)  # the first process speaks for all
+    if told:
+        result = json.loads(told)
+        assert result["images_per_second"] * result["seconds"] == pytest.approx(9)
 
 
 def test_images_do_not_depend_on_the_share_of_a_process(capsys, weights, tmp_path):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -158,6 +159,18 @@ def test_a_pushed_run_can_be_used_by_its_name_on_the_hub(hub, run_folder, tmp_pa
     info = xar_process(hub, tmp_path / "b", "weights", "info", "hf://me/mine/model.safetensors@main", "--json")
     assert info.returncode == 0, info.stderr
     assert json.loads(info.stdout)["step"] == 1234
+
+
+def test_a_hub_that_cannot_be_reached_is_a_sentence(hub, run_folder, tmp_path):
+    with socket.socket() as closed:  # bound, and nobody listens
+        closed.bind(("127.0.0.1", 0))
+        hub.address = f"http://127.0.0.1:{closed.getsockname()[1]}"
+        for command in (("download", "base", "--yes"), ("push", run_folder, "me/mine")):
+            done = xar_process(hub, tmp_path, "weights", *command)
+            assert done.returncode == 1, command
+            assert "Traceback" not in done.stderr
+            assert "refused" in done.stderr
+            assert "next: Check the connection and try again" in " ".join(done.stderr.split())
 
 
 def test_a_push_can_be_looked_at_first(xar, run_folder):

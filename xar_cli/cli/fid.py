@@ -43,7 +43,10 @@ ImageSizeOption = Annotated[
         "--image-size", metavar="SIDE or HEIGHTxWIDTH", help="Take ADM's centre crop of this size from image files."
     ),
 ]
-BatchOption = Annotated[int, typer.Option("--batch-size", min=1, help="Images per pass.")]
+BatchOption = Annotated[
+    int | None,
+    typer.Option("--batch-size", min=1, help="Images per pass. Default: 64; with --run the recipe's, for draws too."),
+]
 WorkersOption = Annotated[int, typer.Option("--workers", min=1, help="Threads that decode images.")]
 PrecisionOption = Annotated[str, typer.Option("--precision", help="fp32, or bf16 for a quick look.")]
 CompileOption = Annotated[str, typer.Option("--compile", help="auto (from 1,000 images on), on or off.")]
@@ -76,7 +79,7 @@ def fid(
     image_size: ImageSizeOption = None,
     seed: Annotated[int, typer.Option(min=0, help="With --run: seed of noise and labels.")] = 0,
     tokenizer_weights: TokenizerWeightsOption = None,
-    batch_size: BatchOption = 64,
+    batch_size: BatchOption = None,
     workers: WorkersOption = 4,
     precision: PrecisionOption = "fp32",
     compile_mode: CompileOption = "auto",
@@ -124,7 +127,7 @@ def fid(
 
         of_run = RunSettings(
             run=run_folder, reference=reference, protocols=names if protocol else (), count=count, seed=seed,
-            tokenizer_weights=tokenizer_weights, measure=measure, report=report, device=device,
+            tokenizer_weights=tokenizer_weights, measure=measure, batch_size=batch_size, report=report, device=device,
         )  # fmt: skip
         result = run("xar_cli.score_run:fid_of_run", of_run, launch)
     if result:
@@ -138,7 +141,7 @@ def stats(
     protocol: Annotated[str, typer.Option("--protocol", help="adm, torch-fidelity, clean-fid or digits.")] = "adm",
     count: CountOption = None,
     image_size: ImageSizeOption = None,
-    batch_size: BatchOption = 64,
+    batch_size: BatchOption = None,
     workers: WorkersOption = 4,
     compile_mode: CompileOption = "auto",
     skip_bad: SkipBadOption = False,
@@ -202,7 +205,7 @@ def sweep(
     out: Annotated[Path | None, typer.Option("--out", help="Folder for the results. Default: RUN/sweep.")] = None,
     seed: Annotated[int, typer.Option(min=0, help="Seed of noise and labels.")] = 0,
     tokenizer_weights: TokenizerWeightsOption = None,
-    batch_size: BatchOption = 64,
+    batch_size: BatchOption = None,
     inception_weights: InceptionOption = None,
     download: DownloadOption = False,
     feature_cache: CacheOption = None,
@@ -225,7 +228,7 @@ def sweep(
     )  # fmt: skip
     settings = SweepSettings(
         run=run_folder, reference=reference, protocols=(protocol,) if protocol else (), count=count, seed=seed,
-        tokenizer_weights=tokenizer_weights, measure=measure, device=device, out=out,
+        tokenizer_weights=tokenizer_weights, measure=measure, batch_size=batch_size, device=device, out=out,
         guidance_scales=parse_numbers(guidance_scale),
         step_counts=parse_steps(num_steps),
     )  # fmt: skip
@@ -236,15 +239,15 @@ def sweep(
         typer.echo(json.dumps(result) if as_json else result["text"])
 
 
-def _measure(**values: Any) -> Settings:
-    """`Settings` from options; a wrong value becomes a UserError."""
+def _measure(*, batch_size: int | None, **values: Any) -> Settings:
+    """`Settings` from options, with their own batch size where none is given; a wrong value becomes a UserError."""
     from pydantic import ValidationError
 
     from xar_cli.errors import UserError
     from xar_cli.evaluate import Settings
 
     try:
-        return Settings(**values)
+        return Settings(**values, **({} if batch_size is None else {"batch_size": batch_size}))
     except ValidationError as error:
         first = error.errors()[0]
         name = str(first["loc"][0]).replace("_", "-")

@@ -33,7 +33,7 @@ def sample(
     recipe: RecipeOption = None,
     classes: Annotated[
         str | None,
-        typer.Option("--class", help="Classes by number, range or name: otter,360,0-9. Default: all."),
+        typer.Option("--class", help="Classes by number, range or name: otter,281,0-9. Default: all."),
     ] = None,
     count: Annotated[
         int | None, typer.Option("--count", "-n", min=1, help="How many images. Default: as many as --grid, else 64.")
@@ -86,6 +86,7 @@ def sample(
     """Draw images from a run (--run) or from weights (--weights). Only images that are missing are made."""
     from xar_cli.errors import UserError
     from xar_cli.launch import LaunchOptions, run
+    from xar_cli.sample.explain import describe_explain
     from xar_cli.sample.request import (
         build_settings,
         check_balance,
@@ -124,7 +125,7 @@ def sample(
     if count is not None and not unbalanced:
         check_balance(count, len(settings.classes))
     if dry_run:
-        plan = describe_settings(settings)
+        plan = describe_explain(settings) if explain else describe_settings(settings)
         typer.echo(json.dumps(dict(plan))) if as_json else print_rows(plan)
         return
     launch = LaunchOptions(nproc_per_node, nnodes, node_rank, rdzv_endpoint)

@@ -169,7 +169,7 @@ def create_cache(
             _write_tables(file, layout, class_names, titles)
             file.attrs["first_row"] = start
             for name, (shape, dtype) in rows.items():
-                _create_contiguous(file, name, (stop - start, *shape), np.dtype(dtype))
+                create_contiguous(file, name, (stop - start, *shape), np.dtype(dtype))
             file["labels"][:] = labels[start:stop]
             file["names"][:] = np.asarray(list(names[start:stop]), dtype=rows["names"][1])
     if num_shards > 1:
@@ -298,7 +298,7 @@ def _new_file(path: Path) -> Iterator[h5py.File]:
     try:
         with h5py.File(temporary, "w", alignment_threshold=PAGE, alignment_interval=PAGE) as file:
             yield file
-        _reserve_and_sync(temporary)
+        reserve_and_sync(temporary)
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
@@ -312,7 +312,7 @@ def _write_tables(file: h5py.File, layout: CacheLayout, class_names: Sequence[by
         file.create_dataset(name, data=np.asarray(list(texts), dtype=f"S{max(width, 1)}"))
 
 
-def _create_contiguous(file: h5py.File, name: str, shape: tuple[int, ...], dtype: np.dtype) -> None:
+def create_contiguous(file: h5py.File, name: str, shape: tuple[int, ...], dtype: np.dtype) -> None:
     """A dataset whose bytes have their place in the file from now on; new space reads as zeros."""
     properties = h5py.h5p.create(h5py.h5p.DATASET_CREATE)
     properties.set_layout(h5py.h5d.CONTIGUOUS)
@@ -371,7 +371,7 @@ def _plain_shard(path: Path, file: h5py.File, start: int, layout: CacheLayout) -
     return Shard(path, start, start + len(file["moments"]), offsets)
 
 
-def _reserve_and_sync(path: Path) -> None:
+def reserve_and_sync(path: Path) -> None:
     """Give every byte of a file its place on the disk now, so that a full disk shows before the work and not
     in it.
     """

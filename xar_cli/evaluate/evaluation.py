@@ -14,10 +14,11 @@ import numpy as np
 import torch
 from pydantic import Field
 
-from xar_cli.config.schema import Section, Sides, pixels_text, sides_text
+from xar_cli.config.schema import Section, Sides, height_and_width, pixels_text, sides_text
 from xar_cli.distributed import Ranks
 from xar_cli.errors import UserError
 from xar_cli.evaluate import metrics
+from xar_cli.evaluate.digits import weights_sha256 as digits_sha256
 from xar_cli.evaluate.features import FeatureTable, content_hash_of, extract, spread_rows
 from xar_cli.evaluate.images import ImageSet, open_images
 from xar_cli.evaluate.judge import Judge
@@ -104,7 +105,7 @@ def evaluate(
         networks[name] = network = work.network(name, found, len(rows))
         if name in {one.network for one in wanted}:
             against.gaussian(network, "pool")  # statistics of another network are refused before any work
-        _check_sizes(opened, against, network, settings)
+        _check_sizes(opened, against, network)
         tables[name] = work.table(opened, network, rows)
         _require_enough(opened.name, len(tables[name]))
         if against.images is not None:
@@ -123,6 +124,22 @@ def evaluate(
 def check_inputs(reference: Path | ImageSet, protocol: str | Sequence[str], settings: Settings) -> None:
     """Raise the UserError that `evaluate` would raise before it looks at any sample."""
     _open_inputs(reference, protocol, settings)
+
+
+def identify_inputs(
+    reference: Path | ImageSet, protocol: str | Sequence[str], settings: Settings, ranks: Ranks
+) -> dict[str, Any]:
+    """What numbers depend on beside samples and settings, by content: the reference, and each network's weights.
+
+    Raises:
+        UserError: as `evaluate`.
+    """
+    _, against, weights = _open_inputs(reference, protocol, settings)
+    digest = against.content_hash
+    if not digest and against.images is not None:
+        digest = _Extraction(settings, ranks).content_hash(against.images)
+    hashes = {name: digits_sha256() if found is None else found.sha256 for name, found in weights.items()}
+    return {"reference_sha256": digest, "network_weights": hashes}
 
 
 def make_statistics(
@@ -217,14 +234,10 @@ def _require_enough(name: str, count: int) -> None:
         raise UserError(f"'{name}' holds {count} usable image.", "A distance between distributions needs two at least.")
 
 
-def _check_sizes(samples: ImageSet, reference: Reference, network: FeatureNetwork, settings: Settings) -> None:
+def _check_sizes(samples: ImageSet, reference: Reference, network: FeatureNetwork) -> None:
     """Samples and reference of different resolutions differ by their blur, whatever the resize: refuse, or warn."""
-    if samples.generated:
-        return
-    ours = _first_size(samples)
-    theirs = reference.origin.get("image_size")
-    if reference.images is not None and not settings.image_size:
-        theirs = _first_size(reference.images)
+    ours = _size_of(samples)
+    theirs = reference.origin.get("image_size") if reference.images is None else _size_of(reference.images)
     if ours is None or theirs is None or tuple(theirs) == ours or network.input_size is not None:
         return
     message = f"The samples have {pixels_text(ours)} and the reference '{reference.name}' {sides_text(theirs)}."
@@ -234,7 +247,11 @@ def _check_sizes(samples: ImageSet, reference: Reference, network: FeatureNetwor
         raise UserError(message, "Give --image-size to crop a folder of photographs, or a reference of the same size.")
 
 
-def _first_size(images: ImageSet) -> tuple[int, int] | None:
+def _size_of(images: ImageSet) -> tuple[int, int] | None:
+    """Height and width, where anybody knows: a generator's stand in its manifest, so that nothing is drawn for them."""
+    if images.generated:
+        size = (images.manifest or {}).get("image_size")
+        return None if size is None else height_and_width(size)
     for index in range(min(len(images), 3)):
         try:
             shape = images.load(index).shape

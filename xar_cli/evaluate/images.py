@@ -25,6 +25,7 @@ IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg")
 HDF5_SUFFIXES = (".h5", ".hdf5")
 MANIFEST = "manifest.json"
 MANIFEST_FORMAT = "xar-samples"
+MANIFEST_ATTRIBUTE = "manifest"  # of an HDF5 file
 HASH_BLOCK = 256  # images hashed at a time
 
 
@@ -101,7 +102,7 @@ class FolderImages(ImageSet):
     def _label_by_manifest(self, manifest: Mapping[str, Any]) -> None:
         self.files = [path for path in self.files if path.parent == self.root and path.stem.isdigit()]
         labels = manifest.get("labels")
-        if not labels:
+        if not labels or not _has_classes(manifest):
             return
         indices = [int(path.stem) for path in self.files]
         if indices and max(indices) >= len(labels):
@@ -169,6 +170,14 @@ class ArrayImages(ImageSet):
         self.images, self.name = images, name
         self.labels = None if labels is None else np.asarray(labels, np.int64)
 
+    def adopt(self, manifest: Mapping[str, Any] | None) -> None:
+        """Take over what a manifest of these images tells; None tells nothing."""
+        if manifest is None:
+            return
+        self.manifest, self.class_names = manifest, manifest.get("class_names")
+        if not _has_classes(manifest):
+            self.labels = None
+
     def __len__(self) -> int:
         return len(self.images)
 
@@ -213,11 +222,12 @@ class GeneratedImages(ImageSet):
     ) -> None:
         self.keep_features = keep_features
         self.name, self.draw, self.identity = name, draw, identity
-        self.labels = np.asarray(labels, np.int64)
         self.class_names, self.manifest = class_names, manifest
+        self._asked = np.asarray(labels, np.int64)
+        self.labels = self._asked if _has_classes(manifest or {}) else None
 
     def __len__(self) -> int:
-        return len(self.labels if self.labels is not None else ())
+        return len(self._asked)
 
     def load(self, index: int) -> np.ndarray:
         """Draw one image."""
@@ -229,7 +239,7 @@ class GeneratedImages(ImageSet):
 
     def content_hash(self) -> str:
         """sha256 over the identity and the labels."""
-        return hashlib.sha256(self.identity.encode() + np.asarray(self.labels).tobytes()).hexdigest()
+        return hashlib.sha256(self.identity.encode() + self._asked.tobytes()).hexdigest()
 
 
 def open_images(source: Path | ImageSet, image_size: Sides | None = None) -> ImageSet:
@@ -298,7 +308,21 @@ def _open_npz(path: Path) -> ImageSet:
     if "arr_0" not in arrays:
         kind = "It holds statistics: give it as --reference." if "mu" in arrays else "Give an ADM sample batch."
         raise UserError(f"'{path}' holds no images (no array 'arr_0').", kind)
-    return ArrayImages(arrays["arr_0"], str(path), arrays.get("arr_1"))
+    images = ArrayImages(arrays["arr_0"], str(path), arrays.get("arr_1"))
+    images.adopt(manifest_of_npz(path, arrays))
+    return images
+
+
+def manifest_of_npz(path: Path, arrays: Mapping[str, np.ndarray]) -> Mapping[str, Any] | None:
+    """The manifest of samples that `xar sample` packed: it lies beside the file, and its labels are the file's.
+
+    Raises:
+        UserError: the manifest is damaged.
+    """
+    manifest, labels = _read_manifest(path.parent), arrays.get("arr_1")
+    if manifest is None or labels is None:
+        return None
+    return manifest if labels.tolist() == (manifest.get("labels") or [])[: len(labels)] else None
 
 
 def _open_hdf5(path: Path) -> ImageSet:
@@ -311,7 +335,13 @@ def _open_hdf5(path: Path) -> ImageSet:
             f"'{path}' holds no dataset 'images' (it has: {', '.join(file)}).",
             "A latent cache holds no images: give the folder that it was made from.",
         )
-    return ArrayImages(file["images"], str(path), file["labels"][:] if "labels" in file else None)
+    images = ArrayImages(file["images"], str(path), file["labels"][:] if "labels" in file else None)
+    try:
+        manifest = json.loads(file.attrs.get(MANIFEST_ATTRIBUTE, "null"))
+    except (ValueError, TypeError):  # another program's attribute
+        manifest = None
+    images.adopt(_checked_manifest(manifest, path))
+    return images
 
 
 def _read_manifest(root: Path) -> Mapping[str, Any] | None:
@@ -322,4 +352,19 @@ def _read_manifest(root: Path) -> Mapping[str, Any] | None:
         manifest = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise UserError(f"'{path}' is not JSON ({error}).", "Sample again, or remove that file.") from None
-    return manifest if isinstance(manifest, dict) and manifest.get("format") == MANIFEST_FORMAT else None
+    return _checked_manifest(manifest, path)
+
+
+def _checked_manifest(manifest: Any, path: Path) -> Mapping[str, Any] | None:
+    """A manifest of samples whose entries have the form that is read here; None for what is another program's."""
+    if not isinstance(manifest, dict) or manifest.get("format") != MANIFEST_FORMAT:
+        return None
+    for key, kind in {"labels": list, "class_names": list, "config": dict, "evaluations": dict}.items():
+        if not isinstance(manifest.get(key), kind | None):
+            raise UserError(f"'{path}' is damaged: '{key}' is no {kind.__name__}.", "Sample again into a new folder.")
+    return manifest
+
+
+def _has_classes(manifest: Mapping[str, Any]) -> bool:
+    """Whether the labels of samples mean something: those of a model without classes are all 0."""
+    return ((manifest.get("config") or {}).get("data") or {}).get("num_classes") != 0

@@ -18,7 +18,7 @@ import numpy as np
 from xar_cli.config.schema import Sides
 from xar_cli.errors import UserError
 from xar_cli.evaluate.frechet import Gaussian
-from xar_cli.evaluate.images import ArrayImages, ImageSet, open_images, read_npz
+from xar_cli.evaluate.images import ArrayImages, ImageSet, manifest_of_npz, open_images, read_npz
 from xar_cli.evaluate.networks import INCEPTION, FeatureNetwork
 from xar_cli.run_dir import write_atomic
 
@@ -97,12 +97,16 @@ def open_reference(source: Path | ImageSet, image_size: Sides | None = None) -> 
     if isinstance(source, Path) and source.suffix == ".npz" and source.is_file():
         return _open_npz(source)
     images = open_images(source, image_size)
-    if images.manifest is not None or images.generated:
+    _require_real(images.name, images.generated or images.manifest is not None)
+    return Reference(images.name, "", images)
+
+
+def _require_real(name: str, generated: bool) -> None:
+    if generated:
         raise UserError(
-            f"'{images.name}' was given as the reference, but its manifest says that it holds generated samples.",
+            f"'{name}' was given as the reference, but its manifest says that it holds generated samples.",
             "Give it as --samples, and real images as --reference.",
         )
-    return Reference(images.name, "", images)
 
 
 def write_statistics(path: Path, layers: Mapping[str, Gaussian], origin: Mapping[str, Any]) -> None:
@@ -125,6 +129,7 @@ def write_statistics(path: Path, layers: Mapping[str, Gaussian], origin: Mapping
 
 def _open_npz(path: Path) -> Reference:
     arrays = read_npz(path)
+    _require_real(str(path), manifest_of_npz(path, arrays) is not None)
     images = ArrayImages(arrays["arr_0"], str(path)) if "arr_0" in arrays else None
     origin = json.loads(str(arrays["xar"])) if "xar" in arrays else {}
     statistics = {

@@ -16,14 +16,12 @@ import numpy as np
 import torch
 
 from xar_cli import __version__
-from xar_cli.config.schema import Config, pixels_text
+from xar_cli.config.schema import pixels_text
 from xar_cli.evaluate import html, metrics
 from xar_cli.evaluate.evaluation import Settings
 from xar_cli.evaluate.images import ImageSet, open_images
 from xar_cli.evaluate.protocols import PAPER_COUNT
 from xar_cli.evaluate.results import Evaluation
-from xar_cli.flow.guidance import guidance_scales
-from xar_cli.model import build_grouping
 from xar_cli.run_dir import write_atomic, write_json
 
 REPORT_FORMAT, REPORT_VERSION = "xar-report", 1
@@ -61,34 +59,44 @@ class Strip:
 def write_report(
     folder: Path,
     evaluation: Evaluation,
-    samples: Path | ImageSet,
+    made: Mapping[str, Any],
+    samples: ImageSet,
     reference: Path | ImageSet,
     settings: Settings,
 ) -> dict[str, Path]:
-    """Write report.json, report.md and report.html into a folder; returns their paths by kind."""
-    opened = open_images(samples, settings.image_size)
-    content = report_content(evaluation, opened, settings)
-    strips = sample_strips(opened, evaluation)
-    neighbours = neighbour_strips(opened, reference, evaluation, settings)
+    """Write report.json, report.md and report.html into a folder; returns their paths by kind.
+
+    The numbers are written before images are read or drawn for the pictures of report.html.
+    """
+    content = report_content(evaluation, made, settings)
     paths = {kind: folder / f"report.{kind}" for kind in ("json", "md", "html")}
     write_json(paths["json"], content)
     write_atomic(paths["md"], markdown(content))
+    strips = sample_strips(samples, evaluation)
+    neighbours = neighbour_strips(samples, reference, evaluation, settings)
     write_atomic(paths["html"], html.page(content, strips, neighbours))
     return paths
 
 
-def report_content(evaluation: Evaluation, samples: ImageSet, settings: Settings) -> dict[str, Any]:
-    """All that the report says, as plain values."""
+def facts_of_sampling(samples: ImageSet) -> dict[str, Any]:
+    """What the report says of how the samples were made, from their manifest; known before anything is measured."""
     manifest = samples.manifest or {}
+    return {
+        "published": published_figures(manifest),
+        "sampling": {key: manifest[key] for key in MANIFEST_KEYS if key in manifest},
+        "cost": dict(manifest.get("evaluations") or {}),
+    }
+
+
+def report_content(evaluation: Evaluation, made: Mapping[str, Any], settings: Settings) -> dict[str, Any]:
+    """All that the report says, as plain values; `made` is from `facts_of_sampling`."""
     return {
         "format": REPORT_FORMAT,
         "version": REPORT_VERSION,
         "created": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         **evaluation.as_dict(),
-        "published": published_figures(manifest),
+        **made,
         "differences": differences(evaluation),
-        "sampling": {key: manifest[key] for key in MANIFEST_KEYS if key in manifest},
-        "cost": network_evaluations(manifest),
         "settings": settings.model_dump(mode="json"),
         "machine": machine(),
     }
@@ -121,20 +129,6 @@ def differences(evaluation: Evaluation) -> list[str]:
         if result.precision != "fp32":
             found.append(f"Precision: {result.protocol} ran in {result.precision}, which shifts its numbers.")
     return found
-
-
-def network_evaluations(manifest: Mapping[str, Any]) -> dict[str, int]:
-    """How often the network ran for one image: each entity's steps, and again for the null class where it is guided."""
-    if "config" not in manifest:
-        return {}
-    config = Config.model_validate(manifest["config"])
-    entities = build_grouping(config.entity, config.grid).num_entities
-    steps = config.sample.entity_steps(entities)
-    scales = guidance_scales(config.sample.guidance_schedule, config.sample.guidance_scale, entities)
-    null = sum(count for count, scale in zip(steps, scales, strict=True) if scale != 1)
-    # Outside the guidance interval the null class is not run: then this counts a few too many.
-    key = "null" if config.sample.guidance_interval == (0.0, 1.0) else "null_at_most"
-    return {"entities": entities, "conditional": sum(steps), key: null, "total_per_image": sum(steps) + null}
 
 
 def machine() -> dict[str, Any]:

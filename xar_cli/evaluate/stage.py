@@ -9,9 +9,10 @@ from xar_cli.config.schema import Section
 from xar_cli.distributed import process_group
 from xar_cli.errors import UserError
 from xar_cli.evaluate.evaluation import Settings, evaluate, make_statistics
+from xar_cli.evaluate.images import open_images
 from xar_cli.evaluate.networks import DIGITS
-from xar_cli.evaluate.protocols import PROTOCOLS
-from xar_cli.evaluate.report import write_report
+from xar_cli.evaluate.protocols import PROTOCOLS, pick_protocols
+from xar_cli.evaluate.report import facts_of_sampling, write_report
 from xar_cli.evaluate.weights import PUBLISHED, find_weights
 from xar_cli.run_dir import require_writable
 
@@ -49,17 +50,18 @@ class StatisticsSettings(Section):
 
 def fid(settings: FidSettings) -> dict[str, Any]:
     """Measure, and write the report where one is asked for; returns what `--json` prints."""
+    pick_protocols(settings.protocols)  # a wrong name is told before folders are read
     if settings.report is not None:
         require_writable(settings.report, REPORT_BYTES, "the report")
     with process_group(settings.device) as ranks:
-        found = evaluate(
-            settings.samples, settings.reference, settings.protocols, settings=settings.measure, ranks=ranks
-        )
+        samples = open_images(settings.samples, settings.measure.image_size)
+        made = facts_of_sampling(samples)
+        found = evaluate(samples, settings.reference, settings.protocols, settings=settings.measure, ranks=ranks)
         if not ranks.is_main:
             return {}
         result = found.as_dict()
         if settings.report is not None:
-            paths = write_report(settings.report, found, settings.samples, settings.reference, settings.measure)
+            paths = write_report(settings.report, found, made, samples, settings.reference, settings.measure)
             result["report"] = {name: str(path) for name, path in paths.items()}
         return result
 

@@ -16,7 +16,7 @@ from xar_cli.model.entities import Grouping
 from xar_cli.sample.images import to_pil
 from xar_cli.sample.noise import balanced_label
 from xar_cli.sample.settings import SampleSettings
-from xar_cli.sample.stage import draw_images, load_codec, ready_network, save_picture
+from xar_cli.sample.stage import describe_settings, draw_images, load_codec, ready_network, save_picture
 from xar_cli.weights import load_weights
 
 T = TypeVar("T")
@@ -62,6 +62,12 @@ def explain(settings: SampleSettings) -> dict[str, Any]:
     return {"picture": str(settings.picture)}
 
 
+def describe_explain(settings: SampleSettings) -> list[tuple[str, str]]:
+    """What would be done, as rows of a table for people; nothing is written."""
+    label = balanced_label(settings.seed, 0, settings.classes)
+    return describe_settings(settings.model_copy(update={"count": 1, "classes": (label,), "out": settings.picture}))
+
+
 class Recorder:
     """Keeps what the sampler shows of the first image of a batch."""
 
@@ -71,9 +77,14 @@ class Recorder:
         self._done: list[Tensor] = []
 
     def note(self, entity: int, t: float, x: Tensor) -> None:
-        """An observer of the sampler; the entity's result comes last, with t = 0."""
+        """An observer of the sampler; the entity's result comes last, with t = 0.
+
+        Heun's solver evaluates a timestep twice, at its guess and where the step arrived: the latter stays.
+        """
         del self._done[entity:]
         self._done.append(x[:1].float())
+        if self.moments and (self.moments[-1].entity, self.moments[-1].t) == (entity, t):
+            self.moments.pop()
         latents = self._grouping.partial_latents(torch.cat(self._done, dim=1))
         self.moments.append(Moment(entity, t, latents[0]))
 

@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Sequence
 
 from xar_cli.errors import UserError
 
+MAX_LISTED = 10  # classes told by name before 'and N more'
+
 
 def parse_classes(text: str | None, num_classes: int, names: Sequence[str] = ()) -> list[int]:
-    """The labels that a text such as '3', '0-9' or 'otter,360,goldfish' stands for, each once, in its order.
+    """The labels that a text such as '3', '0-9' or 'otter,281,goldfish' stands for, each once, in its order.
 
     A name is looked for among `names` (one per class, synonyms divided by commas), whole synonyms first and then as
-    part of one; it must fit exactly one class. None stands for all classes; a model without classes has the label 0.
+    whole words of one; it must fit exactly one class. None stands for all classes; a model without classes has the
+    label 0.
 
     Raises:
         UserError: a number out of range, an unknown name (near misses are offered), or one that fits several classes.
@@ -37,6 +41,13 @@ def parse_classes(text: str | None, num_classes: int, names: Sequence[str] = ())
     return list(dict.fromkeys(labels))
 
 
+def list_classes(labels: Sequence[int], names: Sequence[str] = ()) -> str:
+    """Classes for people, by label and, where there are names, by the first synonym: '360 otter, 1 goldfish'."""
+    told = [f"{label} {names[label].split(',')[0]}" if names else str(label) for label in labels[:MAX_LISTED]]
+    rest = len(labels) - len(told)
+    return ", ".join(told) + (f" and {rest} more" if rest else "")
+
+
 def _range(first: int, last: int, num_classes: int) -> range:
     if first > last:
         raise UserError(f"The range {first}-{last} is empty.", f"Write {last}-{first}.")
@@ -53,7 +64,8 @@ def _find_name(name: str, names: Sequence[str]) -> int:
     wanted = name.lower()
     synonyms = [[synonym.strip().lower() for synonym in entry.split(",")] for entry in names]
     whole = [label for label, words in enumerate(synonyms) if wanted in words]
-    part = [label for label, words in enumerate(synonyms) if any(wanted in word for word in words)]
+    whole_words = re.compile(rf"(?<!\w){re.escape(wanted)}(?!\w)")  # 'oter' is no part of a motor scooter
+    part = [label for label, words in enumerate(synonyms) if any(map(whole_words.search, words))]
     found = whole or part
     if len(found) == 1:
         return found[0]

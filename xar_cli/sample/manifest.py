@@ -4,21 +4,24 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 from xar_cli.config.schema import height_and_width
 from xar_cli.errors import UserError
 from xar_cli.run_dir import require_writable
 from xar_cli.sample.images import TEMPORARY, image_path, is_whole, remove_temporaries
 from xar_cli.sample.noise import balanced_label
-from xar_cli.sample.packing import pack_bytes, pack_is_current
+from xar_cli.sample.packing import pack_bytes, pack_is_current, pack_path
 from xar_cli.sample.plan import SamplingPlan
-from xar_cli.sample.settings import SampleSettings
+from xar_cli.sample.settings import Pack, SampleSettings
 
 MANIFEST = "manifest.json"
 MANIFEST_FORMAT = {"format": "xar-samples", "version": 1}
-FREE_KEYS = ("count", "labels", "weights", "config", "class_names")  # may differ where a folder is completed
+FREE_KEYS = (  # may differ where a folder is completed, or follow from others
+    "count", "labels", "weights", "config", "class_names", "evaluations",
+)  # fmt: skip
 LATER_KEYS = ("tokenizer", "latent_scale", "entity", "decoder_precision")  # manifests of version 0.1.0 lack them
 PNG_OVERHEAD = 4096  # bytes beside the pixels: header and the file system's block
 
@@ -32,6 +35,7 @@ def make_manifest(settings: SampleSettings, weights_sha256: str, tokenizer: str)
         tokenizer: identity of the tokenizer.
     """
     config, plan = settings.config, SamplingPlan.of(settings.config)
+    passes = plan.evaluations()
     resolved = config.model_dump(mode="json")
     uniform = len(set(plan.num_steps)) == 1
     decodes = config.tokenizer.kind == "kl16"  # pixels are folded, which has no precision
@@ -51,6 +55,7 @@ def make_manifest(settings: SampleSettings, weights_sha256: str, tokenizer: str)
         "guidance_scale": config.sample.guidance_scale,
         "guidance_schedule": config.sample.guidance_schedule,
         "guidance_interval": list(plan.interval),
+        "evaluations": {"entities": len(plan.num_steps), **asdict(passes), "total_per_image": passes.total},
         "precision": config.train.precision,
         "image_size": resolved["data"]["image_size"],
         "image_channels": config.data.image_channels,
@@ -63,6 +68,8 @@ def make_manifest(settings: SampleSettings, weights_sha256: str, tokenizer: str)
 
 def check_out(out: Path, manifest: Mapping[str, Any], packs: Sequence[str] = ()) -> list[int]:
     """Refuse a folder that cannot take these images, and clear away what a kill has left; nothing is written.
+
+    A folder whose images all failed (they were not finite, say) holds a manifest alone, and takes any settings.
 
     Args:
         out: the folder; it need not exist.
@@ -79,7 +86,7 @@ def check_out(out: Path, manifest: Mapping[str, Any], packs: Sequence[str] = ())
     path = out / MANIFEST
     if path.exists():
         found = differences(_read(path), manifest)
-        if found:
+        if found and _holds_images(out):
             raise UserError(
                 f"'{out}' holds images made with other settings: {'; '.join(found)}.",
                 "Give another --out, or the same settings to make what is missing.",
@@ -94,6 +101,11 @@ def check_out(out: Path, manifest: Mapping[str, Any], packs: Sequence[str] = ())
     needed += sum(pack_bytes(manifest, pack) for pack in packs_to_write(out, manifest, packs, bool(missing)))
     require_writable(out, needed, "images")
     return missing
+
+
+def _holds_images(out: Path) -> bool:
+    """Whether any image is there, alone or packed."""
+    return any(map(is_whole, out.glob("*.png"))) or any(pack_path(out, pack).exists() for pack in get_args(Pack))
 
 
 def packs_to_write(out: Path, manifest: Mapping[str, Any], packs: Sequence[str], fresh: bool) -> list[str]:
@@ -131,6 +143,8 @@ def _read(path: Path) -> dict[str, Any]:
         found = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):
         found = {}
-    if not isinstance(found, dict) or not {"labels", "count"} <= found.keys():
+    if not isinstance(found, dict) or not (
+        isinstance(found.get("labels"), list) and isinstance(found.get("count"), int)
+    ):
         raise UserError(f"'{path}' is damaged or not a manifest of samples.", "Give another --out.")
     return found

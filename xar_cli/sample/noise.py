@@ -15,7 +15,11 @@ _LABEL_STREAM, _NOISE_STREAM = 1, 2  # keep the two uses of one seed apart
 
 
 def _generator_seed(*address: int) -> int:
-    """A 63-bit seed from a tuple of numbers; different tuples give unrelated streams."""
+    """A 63-bit seed from a tuple of numbers.
+
+    Torch's CPU generator takes its low 32 bits alone. Streams of different tuples are unrelated but for rare chance: of
+    the 200,000 of 50,000 images with four entities about five pairs coincide.
+    """
     return int(np.random.SeedSequence(address).generate_state(1, np.uint64)[0] >> np.uint64(1))
 
 

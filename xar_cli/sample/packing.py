@@ -18,6 +18,7 @@ import h5py
 import numpy as np
 
 from xar_cli.config.schema import height_and_width
+from xar_cli.data.cache_file import create_contiguous, reserve_and_sync
 from xar_cli.errors import UserError
 from xar_cli.logs import log
 from xar_cli.sample.images import image_path, is_whole, load_images
@@ -122,13 +123,23 @@ def _npy_header(file: IO[bytes], shape: tuple[int, ...], dtype: np.dtype[Any]) -
 
 
 def _write_hdf5(folder: Path, manifest: Mapping[str, Any], path: Path) -> None:
+    """The structure first, then space for all of the file, then the rows as bytes.
+
+    HDF5 keeps rows in a cache. Where the disk is full it fails when the file is closed, and again when Python ends.
+    """
     shape = (manifest["count"], *height_and_width(manifest["image_size"]), manifest["image_channels"])
     with h5py.File(path, "w") as file:
-        images = file.create_dataset("images", shape, np.uint8)
-        for index, image in enumerate(_read_images(folder, manifest)):
-            images[index] = image
-        file["labels"] = np.asarray(manifest["labels"], dtype=np.int64)
+        create_contiguous(file, "images", shape, np.dtype(np.uint8))
+        create_contiguous(file, "labels", shape[:1], np.dtype(np.int64))
         file.attrs["manifest"] = json.dumps({key: manifest[key] for key in manifest if key != "labels"})
+        places = {name: file[name].id.get_offset() for name in ("images", "labels")}
+    reserve_and_sync(path)
+    with path.open("r+b") as rows:
+        rows.seek(places["images"])
+        for image in _read_images(folder, manifest):
+            rows.write(image.tobytes())
+        rows.seek(places["labels"])
+        rows.write(np.asarray(manifest["labels"], dtype=np.int64).tobytes())
 
 
 def _read_images(folder: Path, manifest: Mapping[str, Any]) -> Iterator[np.ndarray]:

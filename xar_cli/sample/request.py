@@ -184,11 +184,13 @@ def parse_packs(names: Sequence[str]) -> tuple[Pack, ...]:
 def sampling_overrides(**chosen: object) -> list[str]:
     """What options of the command change of the recipe's section `sample`, as overrides; None changes nothing.
 
-    A schedule of steps is quoted, since YAML reads a bare 40:15 as a number; an interval is LOW:HIGH.
+    YAML reads a bare 40:15 and 010 as numbers to other bases: a schedule of steps is quoted, and a number of steps
+    loses its zeros. An interval is LOW:HIGH.
     """
     texts = {key: str(value) for key, value in chosen.items() if value is not None}
-    if "num_steps" in texts and not texts["num_steps"].isdecimal():
-        texts["num_steps"] = json.dumps(texts["num_steps"])
+    if "num_steps" in texts:
+        steps = texts["num_steps"]
+        texts["num_steps"] = str(int(steps)) if steps.isdecimal() else json.dumps(steps)
     if "guidance_interval" in texts:
         texts["guidance_interval"] = f"[{texts['guidance_interval'].replace(':', ', ')}]"
     return [f"sample.{key}={text}" for key, text in texts.items()]

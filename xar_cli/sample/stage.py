@@ -23,6 +23,7 @@ from xar_cli.model import XAR
 from xar_cli.precision import autocast, set_matmul_precision
 from xar_cli.run_dir import write_json
 from xar_cli.sample.images import PngWriter, grid_image, load_images
+from xar_cli.sample.labels import list_classes
 from xar_cli.sample.manifest import MANIFEST, check_out, make_manifest, packs_to_write
 from xar_cli.sample.network import SamplingNetwork, prepare_network
 from xar_cli.sample.noise import AddressedNoise
@@ -65,13 +66,14 @@ def sample(settings: SampleSettings) -> dict[str, Any]:
                 return {}
             made = _pack(settings, manifest, bool(missing), patience_for(slowest))
             made |= _grid(settings, patience_for(slowest))
-        speed = len(mine) * ranks.world_size / seconds if mine else None
+        speed = len(missing) / seconds if mine else None
         if speed is not None:
             log.info("%s: %.3g images/s", describe_speed(settings.config, ranks), speed)
         return {
             "samples": str(settings.out),
             "manifest": str(settings.out / MANIFEST),
             **made,
+            "classes": _told_classes(settings),
             "count": settings.count,
             "made": len(missing),
             "seconds": seconds,
@@ -288,22 +290,24 @@ def save_picture(picture: Image.Image, path: Path) -> None:
         ) from None
 
 
+def _told_classes(settings: SampleSettings) -> str:
+    return list_classes(settings.classes, settings.class_names) if settings.config.data.num_classes else "none"
+
+
 def describe_settings(settings: SampleSettings) -> list[tuple[str, str]]:
     """What would be done, as rows of a table for people; nothing is written."""
     config, plan = settings.config, SamplingPlan.of(settings.config)
     passes = plan.evaluations()
     steps = " + ".join(map(str, plan.num_steps)) if len(plan.num_steps) <= 8 else f"{sum(plan.num_steps)}"
     low, high = plan.interval
+    guidance = f"scale {config.sample.guidance_scale:g}, {config.sample.guidance_schedule}, t from {low:g} to {high:g}"
     return [
         ("recipe", config.name),
         ("weights", settings.weights),
         ("images", f"{settings.count} of {config.data.size_text}"),
-        ("classes", f"{len(settings.classes)}"),
+        ("classes", _told_classes(settings)),
         ("solver", f"{plan.solver}, {steps} steps in {len(plan.num_steps)} entities"),
-        (
-            "guidance",
-            f"scale {config.sample.guidance_scale:g}, {config.sample.guidance_schedule}, t from {low:g} to {high:g}",
-        ),
+        ("guidance", guidance if config.data.num_classes else "none"),
         ("network evaluations", f"{passes.total} an image, {passes.null} of them for guidance"),
         ("work", f"{flops_per_image(config, plan) / 1e12:.3g} TFLOP an image, decoder not counted"),
         ("seed", str(settings.seed)),

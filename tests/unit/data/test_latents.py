@@ -291,7 +291,7 @@ def test_a_failed_creation_leaves_nothing(tmp_path, monkeypatch):
     def full(path):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(cache_file, "_reserve_and_sync", full)
+    monkeypatch.setattr(cache_file, "reserve_and_sync", full)
     with pytest.raises(OSError, match="No space"):
         make_cache(tmp_path / "latents.h5")
     assert list(tmp_path.iterdir()) == []

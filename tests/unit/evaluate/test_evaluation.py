@@ -183,6 +183,23 @@ def test_a_reference_of_another_resolution_is_refused(folders, tmp_path) -> None
         evaluate(folders[0], tmp_path / "other.npz", "adm", settings=QUICK)
 
 
+def test_a_cropped_reference_of_another_resolution_is_refused(folders, tmp_path) -> None:
+    """--image-size crops files; a batch in an array keeps its size, which then is another one."""
+    batch = ArrayImages(make_images(22, size=64), "batch")
+    with pytest.raises(UserError, match=r"64 x 64 pixels and the reference .* 32 x 32"):
+        evaluate(batch, folders[1], "adm", settings=QUICK.model_copy(update={"image_size": 32}))
+
+
+def test_a_generator_of_another_resolution_is_refused_before_it_draws(folders, fake_networks) -> None:
+    def draw(indices):
+        raise AssertionError("drawn")
+
+    generated = GeneratedImages("a model", np.zeros(22, int), draw, "seed 0", manifest={"image_size": 64})
+    with pytest.raises(UserError, match=r"64 x 64 pixels and the reference .* 32 x 32"):
+        evaluate(generated, folders[1], "adm", settings=QUICK)
+    assert fake_networks["inception"].images_seen == 0
+
+
 def test_oblong_images_against_oblong_and_cropped_ones(tmp_path, fake_networks) -> None:
     """Folders of 16 x 32 pixels as they are; and the same ones cut out of photographs of 32 x 32."""
     photographs = make_images(30, seed=1)

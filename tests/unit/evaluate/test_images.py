@@ -64,6 +64,44 @@ def test_labels_come_from_subfolders(tmp_path) -> None:
     assert opened.class_name(1) == "cat"
 
 
+def test_packed_samples_keep_their_manifest(tmp_path) -> None:
+    """In the HDF5 file as an attribute, and beside an .npz with the same labels."""
+    manifest = {"format": "xar-samples", "recipe": "tiny", "class_names": list("abcdefghij")}
+    with h5py.File(tmp_path / "samples.h5", "w") as file:
+        file["images"], file["labels"] = IMAGES, np.arange(5)
+        file.attrs["manifest"] = json.dumps(manifest)
+    np.savez(tmp_path / "samples.npz", IMAGES, np.arange(5))
+    np.savez(tmp_path / "other.npz", IMAGES, np.arange(5)[::-1])
+    (tmp_path / "manifest.json").write_text(json.dumps({**manifest, "labels": [*range(5), 9]}))  # grown since
+    for name in ("samples.h5", "samples.npz"):
+        opened = open_images(tmp_path / name)
+        assert opened.manifest["recipe"] == "tiny"
+        assert opened.class_name(2) == "c"
+    assert open_images(tmp_path / "other.npz").manifest is None
+    with h5py.File(tmp_path / "samples.h5", "a") as file:
+        file.attrs["manifest"] = "what another program says"
+    assert open_images(tmp_path / "samples.h5").manifest is None
+
+
+def test_labels_of_a_model_without_classes_are_none(tmp_path) -> None:
+    manifest = {"format": "xar-samples", "labels": [0] * 5, "config": {"data": {"num_classes": 0}}}
+    folder = write_folder(tmp_path / "folder", IMAGES)
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+    np.savez(folder / "samples.npz", IMAGES, np.zeros(5, int))
+    generated = GeneratedImages("a model", np.zeros(5, int), lambda indices: IMAGES[list(indices)], "s", None, manifest)
+    for images in (open_images(folder), open_images(folder / "samples.npz"), generated):
+        assert images.labels is None
+        assert len(images) == 5
+
+
+@pytest.mark.parametrize("key", ["labels", "class_names", "config", "evaluations"])
+def test_a_damaged_manifest_is_a_sentence(tmp_path, key) -> None:
+    folder = write_folder(tmp_path / "folder", IMAGES)
+    (folder / "manifest.json").write_text(json.dumps({"format": "xar-samples", key: "text"}))
+    with pytest.raises(UserError, match=f"'{key}' is no"):
+        open_images(folder)
+
+
 def test_labels_of_a_manifest_go_with_the_number_in_the_name(tmp_path) -> None:
     folder = write_folder(tmp_path / "samples", IMAGES)
     (folder / "000001.png").unlink()  # a stopped run: labels must not move up

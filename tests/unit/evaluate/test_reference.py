@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 
+import h5py
 import numpy as np
 import pytest
 
@@ -95,3 +96,15 @@ def test_samples_given_as_reference_are_noticed(tmp_path) -> None:
     with pytest.raises(UserError, match="given as the reference") as caught:
         open_reference(folder)
     assert "--samples" in caught.value.next_step
+
+
+def test_packed_samples_given_as_reference_are_noticed(tmp_path) -> None:
+    manifest = {"format": "xar-samples", "labels": [0, 1, 2]}
+    with h5py.File(tmp_path / "samples.h5", "w") as file:
+        file["images"], file.attrs["manifest"] = make_images(3), json.dumps(manifest)
+    np.savez(tmp_path / "samples.npz", make_images(3), np.arange(3))
+    assert open_reference(tmp_path / "samples.npz").images is not None  # nothing says that it was generated
+    (tmp_path / "manifest.json").write_text(json.dumps(manifest))
+    for name in ("samples.h5", "samples.npz"):
+        with pytest.raises(UserError, match=f"{name}' was given as the reference"):
+            open_reference(tmp_path / name)

@@ -16,12 +16,15 @@ from PIL import Image
 
 from xar_cli.config import load_recipe
 from xar_cli.data.digits import split_digits
+from xar_cli.errors import UserError
 from xar_cli.evaluate import Settings, evaluate
 from xar_cli.evaluate.html import sheet
-from xar_cli.evaluate.report import differences, network_evaluations, published_figures, show_number, write_report
+from xar_cli.evaluate.images import ArrayImages, GeneratedImages, open_images
+from xar_cli.evaluate.report import differences, facts_of_sampling, published_figures, show_number, write_report
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome", "chrome"))), None)
 COUNT = 40
+COST = {"entities": 4, "conditional": 80, "null": 60, "commits": 6, "total_per_image": 146}
 FIGURES = len(set(split_digits()[1].labels[:COUNT])) + 8  # one a class, eight samples with their neighbours
 
 # Run inside the page: which images decoded, what was asked of the network, whether anything sticks out on a phone.
@@ -54,11 +57,12 @@ def report(tmp_path_factory, digit_folders) -> dict[str, Path]:
         "format": "xar-samples", "version": 1, "recipe": "tiny", "weights": "runs/tiny", "weights_sha256": "ab" * 32,
         "seed": 0, "solver": "euler", "num_steps": 20, "guidance_scale": 2.5, "image_size": 8, "count": COUNT,
         "class_names": names, "labels": heldout.labels[:COUNT].tolist(), "config": config.model_dump(mode="json"),
+        "evaluations": COST,
     }  # fmt: skip
     (folder / "samples" / "manifest.json").write_text(json.dumps(manifest))
-    settings = Settings()
-    found = evaluate(folder / "samples", digit_folders[0], "digits", settings=settings)
-    return write_report(folder / "out", found, folder / "samples", digit_folders[0], settings)
+    settings, samples = Settings(), open_images(folder / "samples")
+    found = evaluate(samples, digit_folders[0], "digits", settings=settings)
+    return write_report(folder / "out", found, facts_of_sampling(samples), samples, digit_folders[0], settings)
 
 
 def test_json_says_everything(report) -> None:
@@ -80,8 +84,7 @@ def test_json_says_everything(report) -> None:
     assert metric["error"] > 0
     assert content["sampling"]["weights_sha256"] == "ab" * 32
     assert content["machine"]["torch"]
-    # 4 cells, 20 steps each; guidance doubles all but the first entity.
-    assert content["cost"] == {"entities": 4, "conditional": 80, "null": 60, "total_per_image": 140}
+    assert content["cost"] == COST  # as the manifest has it
 
 
 def test_markdown_has_a_row_for_each_metric(report) -> None:
@@ -156,11 +159,29 @@ def test_differences_name_count_protocol_and_reference(digit_folders) -> None:
         assert word in told
 
 
-def test_network_evaluations_without_guidance() -> None:
-    config = load_recipe("tiny", ["sample.num_steps=10", "sample.guidance_scale=1.0"])
-    manifest = {"config": config.model_dump(mode="json")}
-    assert network_evaluations(manifest)["total_per_image"] == 40
-    assert network_evaluations({}) == {}
+def test_samples_without_a_manifest_or_with_an_old_one_tell_no_cost() -> None:
+    images = ArrayImages(np.zeros((2, 8, 8), np.uint8), "some")
+    assert facts_of_sampling(images) == {"published": {}, "sampling": {}, "cost": {}}
+    images.manifest = {"recipe": "tiny", "config": load_recipe("tiny").model_dump(mode="json")}
+    assert facts_of_sampling(images) == {"published": {}, "sampling": {"recipe": "tiny"}, "cost": {}}
+
+
+def test_the_numbers_are_written_before_the_pictures_are_drawn(digit_folders, tmp_path) -> None:
+    images = split_digits()[1].images[:COUNT, :, :, None].repeat(3, axis=-1)
+    drawn: list[int] = []
+
+    def draw(indices):
+        drawn.extend(indices)
+        if len(drawn) > COUNT:
+            raise UserError("No memory is left.", "Try again.")
+        return images[list(indices)]
+
+    settings = Settings(error_bars="none")
+    samples = GeneratedImages("a model", np.zeros(COUNT, int), draw, "seed 0", manifest={"image_size": 8})
+    found = evaluate(samples, digit_folders[0], "digits", settings=settings)
+    with pytest.raises(UserError, match="No memory"):
+        write_report(tmp_path, found, facts_of_sampling(samples), samples, digit_folders[0], settings)
+    assert json.loads((tmp_path / "report.json").read_text())["protocols"] == found.as_dict()["protocols"]
 
 
 @pytest.mark.parametrize(

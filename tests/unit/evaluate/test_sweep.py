@@ -85,6 +85,9 @@ def test_a_sweep_scores_all_names_the_best_and_resumes(tmp_path) -> None:
 
 def test_a_folder_of_another_sweep_is_refused(tmp_path) -> None:
     run_sweep(tmp_path, {"weights": "w", "count": 10}, (2.0,), (20,), make_score)
+    run_sweep(tmp_path, {"weights": "w", "new": 1}, (2.0,), (20,), make_score)  # an older version did not tell
+    with pytest.raises(UserError, match="another new"):
+        run_sweep(tmp_path, {"weights": "w", "new": 2}, (2.0,), (20,), make_score)
     with pytest.raises(UserError, match="another weights"):
         run_sweep(tmp_path, {"weights": "other", "count": 10}, (2.0,), (20,), make_score)
 

@@ -32,6 +32,14 @@ def test_recorder_keeps_finished_entities_and_leaves_the_rest_zero():
     assert [[moment.t for moment in row] for row in choose(record.moments, 4)] == [[1.0, 0.5, 0.0]] * 4
 
 
+def test_each_timestep_is_shown_once():
+    """Heun's solver evaluates inner ones twice, and t = 0 before the result comes."""
+    record = Recorder(build_grouping(CellEntity(kind="cell", size=2), (2, 2)))
+    for value, t in enumerate((1.0, 0.5, 0.5, 0.0, 0.0)):
+        record.note(0, t, torch.full((1, 4, 1), float(value)))
+    assert [(moment.t, moment.latents[0, 0, 0].item()) for moment in record.moments] == [(1, 0), (0.5, 2), (0, 4)]
+
+
 def test_recorder_shows_the_newest_scale():
     record = Recorder(build_grouping(ScaleEntity(kind="scale", sizes=(1, 2)), (2, 2)))
     record.note(0, 0.0, torch.full((1, 1, 1), 3.0))

@@ -6,7 +6,7 @@ import pytest
 
 from xar_cli.data.imagenet import imagenet_names
 from xar_cli.errors import UserError
-from xar_cli.sample.labels import parse_classes
+from xar_cli.sample.labels import list_classes, parse_classes
 
 NAMES = ["tench, Tinca tinca", "goldfish, Carassius auratus", "great white shark, white shark", "tiger shark", "otter"]
 
@@ -37,6 +37,8 @@ def test_numbers_ranges_and_names(text, labels):
         ("shark", ["several", "2 (great white shark", "3 (tiger shark)"]),
         ("goldfsh", ["goldfsh", "Did you mean 'goldfish'"]),
         ("tager shark", ["'tiger shark' or '"]),
+        ("oldfish", ["no class called 'oldfish'", "'goldfish'"]),  # not a part of a word
+        ("tige", ["no class called 'tige'"]),
         ("zzzzzz", ["zzzzzz", "class number"]),
         ("²", ["no class called '²'"]),
         ("1-²", ["no class called '1-²'"]),
@@ -62,4 +64,14 @@ def test_a_model_without_classes():
 
 
 def test_imagenet_names():
-    assert parse_classes("otter,360,goldfish", 1000, list(imagenet_names().values())) == [360, 1]
+    names = list(imagenet_names().values())
+    assert parse_classes("otter,281,goldfish", 1000, names) == [360, 281, 1]
+    with pytest.raises(UserError, match="no class called 'oter'") as caught:
+        parse_classes("oter", 1000, names)  # part of a motor scooter
+    assert "'otter'" in caught.value.next_step
+
+
+def test_classes_are_told_by_label_and_name():
+    assert list_classes([4, 0], NAMES) == "4 otter, 0 tench"
+    assert list_classes([4, 0]) == "4, 0"
+    assert list_classes(range(12)) == "0, 1, 2, 3, 4, 5, 6, 7, 8, 9 and 2 more"

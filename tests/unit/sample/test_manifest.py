@@ -56,3 +56,14 @@ def test_pixels_have_no_precision_of_a_decoder():
     there, here = manifest(config, "pixels/p2"), manifest(config, "pixels/p2", "sample.decoder_precision=bf16")
     assert differences(there, here) == []
     assert differences(there, manifest(config, "pixels/p2", "sample.batch_size=3", "sample.compile=false")) == []
+
+
+def test_it_counts_what_one_image_costs(base):
+    """Three passes over finished entities, six where the null class runs too."""
+    unguided = load_recipe("tiny", ["sample.num_steps=10", "sample.guidance_scale=1.0"])
+    assert manifest(unguided, "pixels/p2")["evaluations"] == {
+        "entities": 4, "conditional": 40, "null": 0, "commits": 3, "total_per_image": 43,
+    }  # fmt: skip
+    assert manifest(base, KL16)["evaluations"]["total_per_image"] == 4 * 40 + 3 * 40 + 6
+    older = {key: value for key, value in manifest(base, KL16).items() if key != "evaluations"}
+    assert differences(older, manifest(base, KL16)) == []
