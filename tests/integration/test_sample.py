@@ -143,6 +143,14 @@ def test_leading_zeros_make_no_octal_number(capsys, weights, tmp_path):
     assert "euler, 10 + 10 + 10 + 10 steps" in plan["solver"]
 
 
+@pytest.mark.parametrize("rank", [0, 1])
+def test_one_of_several_tasks_prints_the_plan(capsys, weights, tmp_path, monkeypatch, rank):
+    for name, value in {"RANK": rank, "WORLD_SIZE": 2, "LOCAL_RANK": rank}.items():
+        monkeypatch.setenv(name, str(value))
+    assert xar("sample", *weights, "--count", 20, "--out", tmp_path / "s", "--dry-run") == 0
+    assert bool(capsys.readouterr().out) == (rank == 0)
+
+
 def test_dry_run_writes_nothing(capsys, weights, tmp_path):
     plan = sample(capsys, *weights, "--count", 20, "--out", tmp_path / "s", "--dry-run", "--guidance-scale", 1)
     assert plan["network evaluations"] == "11 an image, 0 of them for guidance"

@@ -85,7 +85,7 @@ def sample(
 ) -> None:
     """Draw images from a run (--run) or from weights (--weights). Only images that are missing are made."""
     from xar_cli.errors import UserError
-    from xar_cli.launch import LaunchOptions, run
+    from xar_cli.launch import LaunchOptions, find_place, run
     from xar_cli.sample.explain import describe_explain
     from xar_cli.sample.request import (
         build_settings,
@@ -124,11 +124,13 @@ def sample(
     )  # fmt: skip
     if count is not None and not unbalanced:
         check_balance(count, len(settings.classes))
+    launch = LaunchOptions(nproc_per_node, nnodes, node_rank, rdzv_endpoint)
     if dry_run:
+        if find_place(launch).rank:  # rank 0 speaks for all
+            return
         plan = describe_explain(settings) if explain else describe_settings(settings)
         typer.echo(json.dumps(dict(plan))) if as_json else print_rows(plan)
         return
-    launch = LaunchOptions(nproc_per_node, nnodes, node_rank, rdzv_endpoint)
     result = run(f"xar_cli.sample.{'explain:explain' if explain else 'stage:sample'}", settings, launch)
     if not result:  # one of several processes: the first one speaks for all
         return

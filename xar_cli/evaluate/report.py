@@ -16,7 +16,10 @@ import numpy as np
 import torch
 
 from xar_cli import __version__
+from xar_cli.config import published_result
+from xar_cli.config.recipes import validate
 from xar_cli.config.schema import pixels_text
+from xar_cli.errors import UserError
 from xar_cli.evaluate import html, metrics
 from xar_cli.evaluate.evaluation import Settings
 from xar_cli.evaluate.images import ImageSet, open_images
@@ -103,10 +106,17 @@ def report_content(evaluation: Evaluation, made: Mapping[str, Any], settings: Se
 
 
 def published_figures(manifest: Mapping[str, Any]) -> dict[str, Any]:
-    """The paper's figures for the recipe of the samples, by the keys of our metrics; empty where it has none."""
-    published = (manifest.get("config") or {}).get("published") or {}
-    found = {key: published[field] for key, field in PUBLISHED_KEYS.items() if published.get(field) is not None}
-    return {**found, "source": published.get("source", ""), "recipe": manifest.get("recipe", "")} if found else {}
+    """The paper's figures for the recipe of the samples, by the keys of our metrics; empty where it has none.
+
+    Nor has a recipe that was changed in what is trained; one that is only drawn otherwise is compared.
+    """
+    try:
+        published = published_result(validate(manifest.get("config") or {}, "The recipe of the samples"))
+    except UserError:  # none, or one of another version
+        return {}
+    figures = {} if published is None else published.model_dump(exclude_none=True)
+    found = {key: figures[field] for key, field in PUBLISHED_KEYS.items() if field in figures}
+    return {**found, "source": figures["source"], "recipe": manifest.get("recipe", "")} if found else {}
 
 
 def differences(evaluation: Evaluation) -> list[str]:

@@ -167,7 +167,10 @@ class Preview:
             return np.broadcast_to(pixels, (*pixels.shape[:3], 3))
 
         identity = f"{self._run.root.resolve()} step {state.step} {self._config.sample}"
-        images = GeneratedImages(f"{count} images of step {state.step}", labels, draw, identity, keep_features=False)
+        manifest = {"image_size": self._config.data.image_size, "config": self._config.model_dump(mode="json")}
+        images = GeneratedImages(
+            f"{count} images of step {state.step}", labels, draw, identity, manifest=manifest, keep_features=False
+        )
         reference, protocol = self._reference, self._config.evaluate.protocol
         found = self._ranks.on_all(
             lambda: evaluate(images, reference, protocol, settings=self._measure, ranks=self._ranks)

@@ -152,6 +152,13 @@ def test_published_figures_come_from_the_recipe() -> None:
     assert published_figures({}) == {}
 
 
+@pytest.mark.parametrize(("change", "compared"), [("sample.num_steps=20", True), ("train.epochs=10", False)])
+def test_published_figures_are_of_the_recipe_as_it_is_shipped(change: str, compared: bool) -> None:
+    config = load_recipe("base", [change]).model_dump(mode="json")
+    assert bool(published_figures({"recipe": "base", "config": config})) == compared
+    assert published_figures({"recipe": "base", "config": {**config, "colour": "red"}}) == {}
+
+
 def test_differences_name_count_protocol_and_reference(digit_folders) -> None:
     found = evaluate(digit_folders[1], digit_folders[0], "digits", settings=Settings(error_bars="none"))
     told = " ".join(differences(found))

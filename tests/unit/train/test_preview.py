@@ -120,6 +120,15 @@ def test_evaluations_at_fractions_of_an_epoch(data, tmp_path, every, steps):
     assert run_status(run).measured_with == "digits; euler, 2 steps, guidance 2"
 
 
+def test_an_evaluation_of_a_model_without_classes_has_no_accuracy(data, tmp_path):
+    config = small_recipe("data.num_classes=0", "train.eval_every=2", "train.eval_count=12", "evaluate.protocol=digits")
+    run = RunDir(tmp_path / "run")
+    train(settings(config, data, run.root, reference=make_images(tmp_path / "real")))
+    found = next(record["evaluation"] for record in read_metrics(run.metrics) if "evaluation" in record)
+    assert found
+    assert not any("accuracy" in name for name in found)
+
+
 def test_an_evaluation_that_is_killed_costs_no_step(data, tmp_path, monkeypatch):
     def evaluate(self, state, interrupt):
         raise KeyboardInterrupt
