@@ -157,6 +157,8 @@ def describe_plan(config: Config, plan: TrainPlan, out: Path) -> list[tuple[str,
     )
     there = "" if plan.device_bytes is None else f" of {format_bytes(plan.device_bytes)}"
     whole = plan.flops_per_image * plan.global_batch_size * plan.total_steps
+    gigaflops = plan.flops_per_image / 1e9
+    work = f"{gigaflops:,.0f}" if gigaflops >= 10 else f"{gigaflops:.2g}"
     published = published_result(config)
     printed = f" (published: {published.parameters:g} M)" if published is not None and published.parameters else ""
     rows = [
@@ -170,7 +172,7 @@ def describe_plan(config: Config, plan: TrainPlan, out: Path) -> list[tuple[str,
         ("learning rate", schedule),
         ("precision", train.precision + (", compiled" if train.compile else "")),
         ("parallel", spread + (", activations recomputed" if train.activation_checkpointing else "")),
-        ("work", f"{plan.flops_per_image / 1e9:.0f} GFLOP per image, {whole / 1e18:.3g} EFLOP in all"),
+        ("work", f"{work} GFLOP per image, {whole / 1e18:.3g} EFLOP in all"),
         ("memory per rank", f"about {format_bytes(plan.memory_bytes)} (estimate){there}"),
         ("checkpoint", f"{format_bytes(plan.checkpoint_bytes)} each, {kept}"),
         ("disk", f"{format_bytes(plan.disk_bytes)} at most"),

@@ -58,6 +58,9 @@ def test_description_says_how_the_batch_is_made_up(tmp_path):
     assert rows["parameters"] == "1186.0 M (published: 1186 M)"
     assert rows["entities"] == "4 cells of 8 x 8 tokens, in raster order, on a grid of 16 x 16"
     assert rows["context"] == "noisy, random timesteps"
+    assert rows["work"].startswith("1,245 GFLOP per image, ")
+    tiny = load_recipe("tiny")
+    assert dict(describe_plan(tiny, make_plan(tiny, 1, 1500), tmp_path))["work"].startswith("0.088 GFLOP per image, ")
     assert str(tmp_path) in rows["written to"]
 
 
