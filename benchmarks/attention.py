@@ -1,9 +1,10 @@
 """Block-causal attention by runs of entities against one call with a dense mask: forward and backward, in pairs.
 
     python -m benchmarks.attention                       # xAR-B's heads on 256 tokens, this machine's device
-    python -m benchmarks.attention --device cuda --precision bf16 --dropout 0.1
+    python -m benchmarks.attention --device cuda --precision bf16 --dropout 0.1 --compile
 
-Both are compared before anything is timed. K = 4 is the published cell, K = 256 one token an entity.
+Both are compared before anything is timed, and compiled with `--compile`, as training does it. K = 4 is the published
+cell, K = 256 one token an entity.
 """
 
 from __future__ import annotations
@@ -35,6 +36,7 @@ def parser() -> argparse.ArgumentParser:
     parser.add_argument("--precision", choices=["bf16", "fp32"], default="fp32")
     parser.add_argument("--dropout", type=float, default=0.0)
     parser.add_argument("--pairs", type=int, default=7)
+    parser.add_argument("--compile", action="store_true", help="both by torch.compile")
     timing.add_clock_options(parser, device="auto")
     return parser
 
@@ -61,6 +63,8 @@ def main() -> None:
             return block_causal_attention(q, k, v, lengths, dropout)
 
         def step(attend: Callable[[float], Tensor]) -> Callable[[], None]:
+            attend = torch.compile(attend, dynamic=False) if options.compile else attend
+
             def run() -> None:
                 for _ in range(calls):
                     attend(options.dropout).backward(upstream.detach())
@@ -73,20 +77,24 @@ def main() -> None:
             allowed = TOLERANCE[options.precision] * max(1.0, float(expected.abs().max()))
         if not difference <= allowed:
             raise SystemExit(f"K = {entities}: they differ by {difference:.1e}: no speed is printed.")
-        step(dense)(), step(runs)()
+        by_mask, by_runs = step(dense), step(runs)
+        by_mask(), by_runs()
         found[f"K = {entities}"] = {
             "difference": difference,
-            "milliseconds": 1000 * seconds(step(runs)) / calls,
-            "dense_against_itself": spread(pairs(step(dense), step(dense), 3)),
-            "dense_time_over_runs": spread(pairs(step(dense), step(runs), options.pairs)),
+            "milliseconds": 1000 * seconds(by_runs) / calls,
+            "dense_against_itself": spread(pairs(by_mask, by_mask, 3)),
+            "dense_time_over_runs": spread(pairs(by_mask, by_runs, options.pairs)),
         }
+        torch.compiler.reset()  # the graphs of one number of entities count against torch's limit
         say(f"K = {entities}: {found[f'K = {entities}']}")
     ratios = (f"{name} {spread_text(one['dense_time_over_runs'])}" for name, one in found.items())
+    made = options.precision + (" compiled" if options.compile else "")
     print(json.dumps({
         **timing.machine(options, device),
-        "batch": batch, "precision": options.precision, "dropout": options.dropout, "pairs": options.pairs,
+        "batch": batch, "precision": options.precision, "dropout": options.dropout, "compiled": options.compile,
+        "pairs": options.pairs,
         "results": found,
-        "summary": f"dense over runs, {options.precision}, dropout {options.dropout}: {', '.join(ratios)}",
+        "summary": f"dense over runs, {made}, dropout {options.dropout}: {', '.join(ratios)}",
     }, indent=2))  # fmt: skip
 
 

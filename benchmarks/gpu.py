@@ -76,6 +76,7 @@ MEASUREMENTS = (
     _measurement("training-huge", 150, "training --recipe huge --batch 64 --no-plain --pairs 3"),
     _measurement("attention", 60, "attention --precision bf16 --pairs 5"),
     _measurement("attention-dropout", 60, "attention --precision bf16 --dropout 0.1 --pairs 5"),
+    _measurement("attention-compiled", 120, "attention --precision bf16 --dropout 0.1 --pairs 5 --compile"),
     _measurement("loop", 180, "loop --batch 64 --pairs 1 --json"),
     _measurement("latency-large", 90, "sampling --recipe large --batch 1 --steps 50 --no-plain --repeats 5"),
     _measurement("latency-huge", 90, "sampling --recipe huge --batch 1 --steps 50 --no-plain --repeats 5"),
