@@ -88,6 +88,21 @@ class RunDir:
         """Held by the job that trains here."""
         return self.root / ".lock"
 
+    def read_identity(self) -> dict[str, Any]:
+        """What run.json holds; nothing where there is none.
+
+        Raises:
+            UserError: it is damaged.
+        """
+        try:
+            return dict(json.loads(self.identity.read_text(encoding="utf-8")))
+        except FileNotFoundError:
+            return {}
+        except (ValueError, TypeError):
+            raise UserError(
+                f"'{self.identity}' is damaged.", "Take it from a backup, or begin anew with another --out."
+            ) from None
+
     def left_by_a_kill(self) -> list[Path]:
         """Files that were being written when a job died, as `write_atomic` names them."""
         places = (self.config, self.identity, self.status, self.metrics, self.skipped_steps)

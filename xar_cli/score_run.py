@@ -26,9 +26,11 @@ from xar_cli.evaluate.report import facts_of_sampling, write_report
 from xar_cli.evaluate.stage import REPORT_BYTES
 from xar_cli.evaluate.sweep import Point, Score, Steps, run_sweep
 from xar_cli.run_dir import RunDir, require_writable
+from xar_cli.sample.manifest import FREE_KEYS, make_manifest
 from xar_cli.sample.network import SamplingNetwork
 from xar_cli.sample.request import build_settings, sampling_overrides
-from xar_cli.sample.stage import SampleSettings, draw_images, expect_images, load_codec, make_manifest, ready_network
+from xar_cli.sample.settings import SampleSettings
+from xar_cli.sample.stage import batches, draw_images, expect_images, load_codec, ready_network
 from xar_cli.weights import open_weights
 
 
@@ -176,8 +178,7 @@ class _Source:
         def draw(indices: Sequence[int]) -> np.ndarray:
             began = time.monotonic()
             pieces = []
-            for start in range(0, len(indices), sampling.config.sample.batch_size):
-                piece = list(indices[start : start + sampling.config.sample.batch_size])
+            for piece in batches(indices, sampling.config.sample.batch_size):
                 drawn = draw_images(
                     sampling.config, self.network, self.codec, sampling.seed, piece, [labels[index] for index in piece],
                     self.ranks.device,
@@ -186,7 +187,7 @@ class _Source:
             self.drawn, self.seconds = self.drawn + len(indices), self.seconds + time.monotonic() - began
             return np.concatenate(pieces)
 
-        identity = {key: value for key, value in manifest.items() if key not in ("labels", "weights", "class_names")}
+        identity = {key: value for key, value in manifest.items() if key not in FREE_KEYS}
         return GeneratedImages(
             f"{sampling.count} images drawn from '{sampling.weights}'", np.array(labels), draw, str(identity),
             sampling.class_names or None, manifest, keep_features,

@@ -45,9 +45,10 @@ def run_jobs(jobs: dict[str, dict], folder: Path, world_size: int = 2, timeout: 
 
     A job is the settings of a run (as `TrainSettings` takes them, config as the overrides of `small_recipe`), and
     maybe `fail_at`, a step at which all ranks raise, `rank_overrides`, more overrides for a rank, `rank_data`, another
-    cache for a rank, and of ranks whose memory is probed `rank_holds`, the largest batch, and `rank_uses`, the share of
-    the machine that each of the first two images of a batch takes, as if more of them took nothing. With `digests`, a
-    folder, every rank writes there a line for each step: a digest of what it holds of weights and optimizer state.
+    cache for a rank, `rank_more`, other settings for a rank, `machine_each`, where each counts as on a machine of its
+    own, and of ranks whose memory is probed `rank_holds`, the largest batch, and `rank_uses`, the share of the machine
+    that each of the first two images of a batch takes, as if more of them took nothing. With `digests`, a folder, every
+    rank writes there a line for each step: a digest of what it holds of weights and optimizer state.
     """
     ports = free_ports(len(jobs))
     numbered = {name: {**job, "port": port} for (name, job), port in zip(jobs.items(), ports, strict=True)}
@@ -104,6 +105,7 @@ def _main(path: Path) -> None:
     take_step, batch_loss, peak_bytes, last = loop.take_step, step_module.batch_loss, probe.peak_bytes, [0]
     for name, job in json.loads(path.read_text()).items():
         os.environ["MASTER_PORT"] = str(job["port"])
+        os.environ["LOCAL_RANK"] = "0" if job.get("machine_each") else str(rank)
         overrides = [*job.get("overrides", []), *job.get("rank_overrides", {}).get(str(rank), [])]
 
         fail_at = job.get("fail_at")

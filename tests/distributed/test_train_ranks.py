@@ -50,7 +50,7 @@ def said(data, folder):
         }
     for name, source in {"unlike": folder / "ddp", "missing": folder / "nowhere"}.items():
         starts = {"0": {"init_from": str(folder / "fsdp")}, "1": {"init_from": str(source)}}
-        jobs[f"{name} starts"] = job(f"{name} starts", *PLAIN, rank_more=starts)
+        jobs[f"{name} starts"] = job(f"{name} starts", *PLAIN, rank_more=starts, machine_each=True)
     jobs["two then one"] = job("two then one", *PLAIN, fail_at=6)
     jobs["unlike recipes"] = job("unlike", rank_overrides={"1": ["train.base_lr=0.5"]})
     jobs["too few images"] = job("few", "train.global_batch_size=64")

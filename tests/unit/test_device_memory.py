@@ -13,7 +13,7 @@ from xar_cli.cache.jobs import EncodeImages
 from xar_cli.device_memory import memory_for
 from xar_cli.distributed import Ranks
 from xar_cli.errors import UserError
-from xar_cli.evaluate import features
+from xar_cli.evaluate import evaluation, features
 from xar_cli.evaluate.images import FolderImages
 from xar_cli.evaluate.networks import DigitNetwork
 from xar_cli.sample import stage
@@ -22,6 +22,7 @@ OUT_OF_MEMORY = (
     torch.cuda.OutOfMemoryError("Tried to allocate 20.00 GiB."),
     RuntimeError("CUDA error: out of memory"),
     RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling cublasCreate"),
+    RuntimeError("[enforce fail at alloc_cpu.cpp:121] DefaultCPUAllocator: can't allocate memory: you tried to ..."),
 )
 
 
@@ -64,6 +65,13 @@ def test_caching_keeps_what_was_made(tmp_path, monkeypatch):
             cache_latents(images, out, recipe, device="cpu", batch_size=4)
     assert "Lower --batch-size" in caught.value.next_step
     assert cache_latents(images, out, recipe, device="cpu", batch_size=2).num_encoded == 27 - 2 * 4
+
+
+def test_building_a_feature_network(tmp_path, monkeypatch):
+    monkeypatch.setattr(evaluation, "build_network", full)
+    images = make_images(tmp_path / "images")
+    with pytest.raises(UserError, match="The network 'digits' does not fit into the device's memory"):
+        evaluation.evaluate(images, images, "digits")
 
 
 def test_features_of_one_rank_are_missed_by_all(tmp_path, monkeypatch):

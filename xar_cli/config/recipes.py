@@ -60,8 +60,7 @@ def load_config_file(path: Path, overrides: Sequence[str] = ()) -> Config:
     A file may say `extends: NAME` and then holds only what differs from that shipped recipe.
     """
     values = _whole(path)
-    for text in overrides:
-        _apply_override(values, text)
+    _apply_overrides(values, overrides)
     return validate(values, str(path))
 
 
@@ -71,15 +70,15 @@ def published_result(config: Config) -> Published | None:
     Images, network, entities and optimisation count; how a run is cut, logged, drawn and judged does not.
     """
     shipped = list_recipes().get(config.name)
-    if config.published is None or shipped is None:
+    if shipped is None:
         return None
-    ours, theirs = (_what_is_trained(one) for one in (config, load_config_file(shipped)))
-    return config.published if ours == theirs else None
+    original = load_config_file(shipped)
+    return original.published if _what_is_trained(config) == _what_is_trained(original) else None
 
 
 def _what_is_trained(config: Config) -> dict[str, Any]:
     """The settings that make a result what it is."""
-    values = config.model_dump(include={"published", "data", "tokenizer", "entity", "model", "train"})
+    values = config.model_dump(include={"data", "tokenizer", "entity", "model", "train"})
     values["train"] = {key: values["train"][key] for key in OPTIMISATION}
     return values
 
@@ -148,8 +147,7 @@ def validate(values: Mapping[str, Any], source: str) -> Config:
 def override(config: Config, overrides: Sequence[str]) -> Config:
     """A config with `--set` overrides applied, validated again; raises UserError as `load_recipe` does."""
     values = config.model_dump(mode="json", exclude_none=True)
-    for text in overrides:
-        _apply_override(values, text)
+    _apply_overrides(values, overrides)
     return validate(values, config.name)
 
 
@@ -161,6 +159,12 @@ def dump_config(config: Config) -> str:
 def json_schema() -> str:
     """The JSON Schema of a recipe, for editors that complete YAML."""
     return json.dumps(Config.model_json_schema(), indent=2)
+
+
+def _apply_overrides(values: dict[str, Any], overrides: Sequence[str]) -> None:
+    """Lay overrides over values; a kind comes before what is said of it."""
+    for text in sorted(overrides, key=lambda text: not text.partition("=")[0].endswith(".kind")):
+        _apply_override(values, text)
 
 
 def _apply_override(values: dict[str, Any], override: str) -> None:

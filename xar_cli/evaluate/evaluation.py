@@ -15,6 +15,7 @@ import torch
 from pydantic import Field
 
 from xar_cli.config.schema import Section, Sides, height_and_width, pixels_text, sides_text
+from xar_cli.device_memory import memory_for
 from xar_cli.distributed import Ranks
 from xar_cli.errors import UserError
 from xar_cli.evaluate import metrics
@@ -22,7 +23,7 @@ from xar_cli.evaluate.digits import weights_sha256 as digits_sha256
 from xar_cli.evaluate.features import FeatureTable, content_hash_of, extract, spread_rows
 from xar_cli.evaluate.images import ImageSet, open_images
 from xar_cli.evaluate.judge import Judge
-from xar_cli.evaluate.networks import VGG16, FeatureNetwork, Precision, build_network, require_weights
+from xar_cli.evaluate.networks import NETWORKS, VGG16, FeatureNetwork, Precision, build_network, require_weights
 from xar_cli.evaluate.protocols import Protocol, pick_protocols
 from xar_cli.evaluate.reference import Reference, open_reference, write_statistics
 from xar_cli.evaluate.results import Evaluation, SetFacts
@@ -105,7 +106,7 @@ def evaluate(
         networks[name] = network = work.network(name, found, len(rows))
         if name in {one.network for one in wanted}:
             against.gaussian(network, "pool")  # statistics of another network are refused before any work
-        _check_sizes(opened, against, network)
+        _check_sizes(_size_of(opened), against, network)
         tables[name] = work.table(opened, network, rows)
         _require_enough(opened.name, len(tables[name]))
         if against.images is not None:
@@ -121,9 +122,13 @@ def evaluate(
     return Evaluation(facts, _reference_facts(against, work, reference_tables), results, tables, reference_tables)
 
 
-def check_inputs(reference: Path | ImageSet, protocol: str | Sequence[str], settings: Settings) -> None:
-    """Raise the UserError that `evaluate` would raise before it looks at any sample."""
-    _open_inputs(reference, protocol, settings)
+def check_inputs(
+    reference: Path | ImageSet, protocol: str | Sequence[str], settings: Settings, image_size: Sides | None = None
+) -> None:
+    """Raise the UserError that `evaluate` would raise before it looks at any sample of this size."""
+    _, against, weights = _open_inputs(reference, protocol, settings)
+    for name in weights:
+        _check_sizes(None if image_size is None else height_and_width(image_size), against, NETWORKS[name])
 
 
 def identify_inputs(
@@ -188,7 +193,12 @@ class _Extraction:
         """A network, compiled where `count` images pay for it."""
         mode = self.settings.compile
         compiled = mode == "on" or (mode == "auto" and count >= COMPILE_FROM)
-        return build_network(name, weights, self.ranks.device, self.settings.precision, compiled)
+
+        def built() -> FeatureNetwork:
+            with memory_for(f"The network '{name}'", "Evaluate on another device, or without training beside it."):
+                return build_network(name, weights, self.ranks.device, self.settings.precision, compiled)
+
+        return self.ranks.on_all(built)
 
     def content_hash(self, images: ImageSet) -> str:
         """The content hash of a set, read by rank 0."""
@@ -234,9 +244,10 @@ def _require_enough(name: str, count: int) -> None:
         raise UserError(f"'{name}' holds {count} usable image.", "A distance between distributions needs two at least.")
 
 
-def _check_sizes(samples: ImageSet, reference: Reference, network: FeatureNetwork) -> None:
+def _check_sizes(
+    ours: tuple[int, int] | None, reference: Reference, network: FeatureNetwork | type[FeatureNetwork]
+) -> None:
     """Samples and reference of different resolutions differ by their blur, whatever the resize: refuse, or warn."""
-    ours = _size_of(samples)
     theirs = reference.origin.get("image_size") if reference.images is None else _size_of(reference.images)
     if ours is None or theirs is None or tuple(theirs) == ours or network.input_size is not None:
         return
@@ -244,7 +255,11 @@ def _check_sizes(samples: ImageSet, reference: Reference, network: FeatureNetwor
     if network.mixes_sizes:
         log.warning(f"{message} clean-fid resizes both, and the blur of the smaller one counts.")
     else:
-        raise UserError(message, "Give --image-size to crop a folder of photographs, or a reference of the same size.")
+        raise UserError(
+            message,
+            "Give a reference of the same size: `xar fid` and `xar fid stats` crop a folder of photographs with "
+            "--image-size.",
+        )
 
 
 def _size_of(images: ImageSet) -> tuple[int, int] | None:

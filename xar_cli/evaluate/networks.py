@@ -168,6 +168,14 @@ class TorchFidelityVGG16(FeatureNetwork):
         return self.net(images.contiguous())
 
 
+NETWORKS: Mapping[str, type[FeatureNetwork]] = {
+    DIGITS: DigitNetwork,
+    INCEPTION: TorchFidelityInception,
+    INCEPTION_CLEAN: CleanFidInception,
+    VGG16: TorchFidelityVGG16,
+}
+
+
 def build_network(
     name: str, weights: Weights | None, device: torch.device, precision: Precision = "fp32", compiled: bool = False
 ) -> FeatureNetwork:

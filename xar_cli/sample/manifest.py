@@ -69,8 +69,6 @@ def make_manifest(settings: SampleSettings, weights_sha256: str, tokenizer: str)
 def check_out(out: Path, manifest: Mapping[str, Any], packs: Sequence[str] = ()) -> list[int]:
     """Refuse a folder that cannot take these images, and clear away what a kill has left; nothing is written.
 
-    A folder whose images all failed (they were not finite, say) holds a manifest alone, and takes any settings.
-
     Args:
         out: the folder; it need not exist.
         manifest: what the images are to be.
@@ -86,7 +84,7 @@ def check_out(out: Path, manifest: Mapping[str, Any], packs: Sequence[str] = ())
     path = out / MANIFEST
     if path.exists():
         found = differences(_read(path), manifest)
-        if found and _holds_images(out):
+        if found:
             raise UserError(
                 f"'{out}' holds images made with other settings: {'; '.join(found)}.",
                 "Give another --out, or the same settings to make what is missing.",
@@ -103,9 +101,10 @@ def check_out(out: Path, manifest: Mapping[str, Any], packs: Sequence[str] = ())
     return missing
 
 
-def _holds_images(out: Path) -> bool:
-    """Whether any image is there, alone or packed."""
-    return any(map(is_whole, out.glob("*.png"))) or any(pack_path(out, pack).exists() for pack in get_args(Pack))
+def forget_if_empty(out: Path) -> None:
+    """Take the manifest away from a folder without any image, for its job has failed: it may be made otherwise."""
+    if not any(out.glob("*.png")) and not any(pack_path(out, pack).exists() for pack in get_args(Pack)):
+        (out / MANIFEST).unlink(missing_ok=True)
 
 
 def packs_to_write(out: Path, manifest: Mapping[str, Any], packs: Sequence[str], fresh: bool) -> list[str]:

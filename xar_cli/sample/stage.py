@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any
@@ -24,7 +24,7 @@ from xar_cli.precision import autocast, set_matmul_precision
 from xar_cli.run_dir import write_json
 from xar_cli.sample.images import PngWriter, grid_image, load_images
 from xar_cli.sample.labels import list_classes
-from xar_cli.sample.manifest import MANIFEST, check_out, make_manifest, packs_to_write
+from xar_cli.sample.manifest import MANIFEST, check_out, forget_if_empty, make_manifest, packs_to_write
 from xar_cli.sample.network import SamplingNetwork, prepare_network
 from xar_cli.sample.noise import AddressedNoise
 from xar_cli.sample.packing import pack_path, patience_for, wait_for_images, write_pack
@@ -57,10 +57,16 @@ def sample(settings: SampleSettings) -> dict[str, Any]:
         seconds = slowest = 0.0
         with _disk_errors(settings.out):
             if mine:
-                network = ready_network(settings.config, weights.load(ranks.device), len(mine))
+                with memory_for("The network", "Draw on a larger device, or with --set train.precision=bf16."):
+                    network = ready_network(settings.config, weights.load(ranks.device), len(mine))
                 expect_images(settings.config, codec, len(mine))
                 began = time.monotonic()
-                slowest = _draw(settings, manifest["labels"], mine, network, codec, ranks)
+                try:
+                    slowest = _draw(settings, manifest["labels"], mine, network, codec, ranks)
+                except UserError:
+                    if ranks.world_size == 1:
+                        forget_if_empty(settings.out)
+                    raise
                 seconds = time.monotonic() - began
             if not ranks.is_main:
                 return {}
@@ -80,6 +86,12 @@ def sample(settings: SampleSettings) -> dict[str, Any]:
             "images_per_second": speed,
             "measured_with": describe_speed(settings.config, ranks),
         }
+
+
+def batches(indices: Sequence[int], size: int) -> Iterator[list[int]]:
+    """Indices in lists of `size`, the last one perhaps shorter."""
+    for start in range(0, len(indices), size):
+        yield list(indices[start : start + size])
 
 
 def _open_out(settings: SampleSettings, manifest: dict[str, Any]) -> list[int]:
@@ -162,13 +174,13 @@ def _draw(
                 writer.write(index, image)
             bar.update(len(indices))
 
-        for start in range(0, len(missing), batch_size):
-            began, indices = time.monotonic(), missing[start : start + batch_size]
+        for indices in batches(missing, batch_size):
+            began = time.monotonic()
             images, finite = queue_images(
                 config, network, codec, settings.seed, indices, [labels[index] for index in indices], ranks.device
             )
             queued.append((indices, fetch(images), fetch(finite)))
-            last = start + batch_size >= len(missing)
+            last = indices[-1] == missing[-1]
             while len(queued) > (0 if last else ahead):
                 finish(*queued.popleft())
             slowest = max(slowest, time.monotonic() - began)

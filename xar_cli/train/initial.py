@@ -43,7 +43,8 @@ def init_from(state: TrainState, source: str, class_names: Sequence[str], ranks:
     """
     config = state.config
     found = ranks.on_all(lambda: open_start(source, config))
-    if len(set(ranks.gather(found.sha256))) > 1:
+    hashes = ranks.gather(ranks.on_all(lambda: _hash(found) if ranks.local_rank == 0 else None))  # once on a machine
+    if len({digest for digest in hashes if digest}) > 1:
         raise UserError(
             f"'{source}' is not the same file on all ranks.", "Give all machines the same one; of a hub, a @revision."
         )
@@ -63,7 +64,14 @@ def init_from(state: TrainState, source: str, class_names: Sequence[str], ranks:
         assign(parameter, tensor)
         for decay in config.train.ema_decays:
             assign(state.averages.tensors(decay)[name], tensor)
-    return {"source": source_name(source), "file": str(found.path.absolute()), "sha256": found.sha256}
+    return {"source": source_name(source), "file": str(found.path.absolute()), "sha256": hashes[0]}
+
+
+def _hash(found: WeightsFile) -> str:
+    try:
+        return found.sha256
+    except OSError as error:
+        raise UserError(f"'{found.path}' cannot be read: {error.strerror}.", "Check the disk.", exit_code=1) from None
 
 
 def open_start(source: str, config: Config) -> WeightsFile:

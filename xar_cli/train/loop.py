@@ -192,7 +192,7 @@ def dry_run_plan(
         if RunDir(out).exists():
             check_data(RunDir(out), reader)
     run = check_run(out, config, plan.disk_bytes, allow_recipe_change)
-    check_start(run, init_from, goes_on=any(run.checkpoints.glob("step-*")))
+    check_start(run, init_from, goes_on=bool(run.checkpoint_steps()))
     return replace(plan, device_bytes=memory_of_rank(picked, ranks_here))
 
 
@@ -282,6 +282,7 @@ def _run_steps(
                     _log(state, plan, reader, ranks, window, records, bar)
                 writer.save(state.step, state.groups(), facts)
             if final or stopped or hopeless:
+                note.write("saving")
                 _finish_writing(writer, state, ranks)
             if hopeless:
                 raise UserError(

@@ -29,7 +29,7 @@ from xar_cli.run_dir import RunDir
 from xar_cli.sample.images import grid_image, to_pil
 from xar_cli.sample.network import SamplingNetwork
 from xar_cli.sample.noise import balanced_label
-from xar_cli.sample.stage import draw_images, ready_network
+from xar_cli.sample.stage import batches, draw_images, ready_network
 from xar_cli.tokenizer import Codec, load_tokenizer
 from xar_cli.train.plan import TrainPlan
 from xar_cli.train.records import Records
@@ -182,9 +182,8 @@ class Preview:
     def _draw(self, network: SamplingNetwork, indices: list[int], interrupt: Callable[[], None]) -> np.ndarray:
         """Images of some indices: uint8 (B, channels, height, width)."""
         config, parts = self._config, []
-        for start in range(0, len(indices), config.sample.batch_size):
+        for chosen in batches(indices, config.sample.batch_size):
             interrupt()
-            chosen = indices[start : start + config.sample.batch_size]
             labels = [self._label(index) for index in chosen]
             drawn = draw_images(  # training shall not end at a preview
                 config, network, self._codec, config.train.seed, chosen, labels, self._ranks.device,
@@ -236,7 +235,7 @@ def check_evaluation(config: Config, reference: Path | None, measure: Measure) -
     """Raise a UserError where `train.eval_every` asks for evaluations that could not be made."""
     require_reference(config, reference)
     if config.train.eval_every and reference is not None:
-        check_inputs(reference, config.evaluate.protocol, measure)
+        check_inputs(reference, config.evaluate.protocol, measure, config.data.image_size)
 
 
 def check_looks(config: Config, tokenizer_weights: Path | None, reference: Path | None, measure: Measure) -> None:

@@ -113,7 +113,7 @@ def check_start(run: RunDir, init_from: str | None, goes_on: bool) -> None:
         init_from: what `--init-from` says.
         goes_on: whether there is a checkpoint: then the option may be left away.
     """
-    identity = _identity(run)
+    identity = run.read_identity()
     if "init_from" not in identity:  # a new run, or one of a version that did not write it down
         if init_from is not None and goes_on:
             log.warning("--init-from has no effect: the run goes on from its checkpoint.")
@@ -140,10 +140,10 @@ def check_start(run: RunDir, init_from: str | None, goes_on: bool) -> None:
 
 def check_data(run: RunDir, reader: LatentReader) -> None:
     """Raise a UserError where a run was made with another latent cache."""
-    identity = json.loads(run.identity.read_text(encoding="utf-8"))
-    if identity["data_hash"] != reader.content_hash:
+    identity = run.read_identity()
+    if identity.get("data_hash") != reader.content_hash:
         raise UserError(
-            f"The run '{run.root}' was made with another latent cache, '{identity['data']}'.",
+            f"The run '{run.root}' was made with another latent cache, '{identity.get('data', 'unknown')}'.",
             "Give that cache with --data, or another --out.",
         )
 
@@ -186,7 +186,7 @@ def open_run(
         write_atomic(run.config, dump_config(config))  # last: with it, the folder is a run
         return
     check_data(run, reader)
-    identity = json.loads(run.identity.read_text(encoding="utf-8"))
+    identity = run.read_identity()
     differences = config_differences(load_config_file(run.config), config)
     changes = [*identity.get("changes", []), *([list(differences.values())] if differences else [])]
     updated = {**identity, **(start or {}), "plan": dict(plan), "changes": changes}
@@ -249,16 +249,10 @@ def _check_place(run: RunDir) -> None:
 def _left_by_a_killed_start(run: RunDir) -> set[Path]:
     """What a job may leave that was killed before its run had come to be: the config is written last."""
     ours = {run.lock, *run.left_by_a_kill()}
-    return ours | {run.identity} if "data_hash" in _identity(run) else ours
-
-
-def _identity(run: RunDir) -> dict[str, Any]:
-    """What run.json holds; empty where it is not there, or somebody else's."""
     try:
-        found = json.loads(run.identity.read_text(encoding="utf-8"))
-    except (FileNotFoundError, ValueError):
-        return {}
-    return found if isinstance(found, dict) else {}
+        return ours | {run.identity} if "data_hash" in run.read_identity() else ours
+    except UserError:  # somebody else's: ours is written whole or not at all
+        return ours
 
 
 def _remove_empty(folders: Sequence[Path]) -> None:

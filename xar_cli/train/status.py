@@ -27,7 +27,8 @@ NOTE_SECONDS = 60.0  # a run that takes steps renews its note as often
 SILENCE = 10.0  # no word for this many times the usual interval means that nothing runs
 SILENCE_SECONDS = 120.0
 STARTING_SECONDS = 1800.0  # of the first step, which compiles
-DRAWING_SECONDS = 3600.0  # of previews and evaluations, in which nothing else is written
+PAUSE_SECONDS = 3600.0  # of previews and evaluations, and of waiting for the last checkpoint to be on disk
+PAUSES = ("drawing", "saving")  # states in which nothing else is written
 STOPPED_BY_SIGNAL = 128  # exit codes from here on
 
 ENDED = ("finished", "stopped", "failed")  # states after which nothing comes
@@ -41,7 +42,8 @@ class Status:
 
     Attributes:
         run, recipe: which one.
-        state: finished, running, drawing (a preview or an evaluation), stopped, failed or not started.
+        state: finished, running, drawing (a preview or an evaluation), saving (the last checkpoint), stopped, failed or
+            not started.
         healthy: False if there is anything in `worries`.
         worries: what is wrong, a sentence each.
         step, total_steps, epoch: where it is.
@@ -103,8 +105,8 @@ class StateNote:
     def write(self, state: str, why: str = "") -> None:
         """Note a state; whatever comes next is no part of a step."""
         self._step_began, self._written = None, time.monotonic()
-        patience = DRAWING_SECONDS if state == "drawing" else STARTING_SECONDS
-        if state != "drawing" and self._longest_step is not None:
+        patience = PAUSE_SECONDS if state in PAUSES else STARTING_SECONDS
+        if state not in PAUSES and self._longest_step is not None:
             patience = max(SILENCE_SECONDS, NOTE_SECONDS + SILENCE * self._longest_step)
         note = {"state": state, "step": self._counter.step, "why": why, "time": time.time(), "patience": patience}
         if self._enabled:
@@ -115,8 +117,9 @@ class StateNote:
         """Call after every step; renews the note now and then."""
         now = time.monotonic()
         if self._step_began is not None:
-            self._longest_step = max(self._longest_step or 0.0, now - self._step_began)
-            if now - self._written >= NOTE_SECONDS:
+            first, seconds = self._longest_step is None, now - self._step_began
+            self._longest_step = max(self._longest_step or 0.0, seconds)
+            if first or now - self._written >= NOTE_SECONDS:
                 self.write("running")
         self._step_began = now
 
@@ -147,18 +150,26 @@ def run_status(run: RunDir, now: float | None = None) -> Status:
         UserError: it is none.
     """
     config = load_config_file(run.require().config)
-    identity = _identity(run)
-    total = identity.get("plan", {}).get("total_steps")
+    worries: list[str] = []
+    try:
+        total = run.read_identity().get("plan", {}).get("total_steps")
+    except UserError as error:
+        total = None
+        worries.append(str(error))
+    try:
+        saved = run.checkpoint_steps()
+    except OSError as error:
+        saved = []
+        worries.append(f"its checkpoints cannot be read: {error.strerror}")
     everything = read_metrics(run.metrics)
     records = [record for record in everything if "loss" in record]
     evaluations = [record for record in everything if "evaluation" in record]
-    saved = run.checkpoint_steps()
     step = records[-1]["step"] if records else 0
     note = _noted(run)
     state = _state(note, records, time.time() if now is None else now)
     if not note and total is not None and step == total and saved[-1:] == [total]:  # of a version without notes
         state = "finished"
-    worries = find_worries(config, records)
+    worries += find_worries(config, records)
     if note.get("state") in ENDED:
         if note.get("why"):
             worries.append(f"it ended after step {note.get('step', step)}: {note['why']}")
@@ -215,18 +226,6 @@ def find_worries(config: Config, records: Sequence[Record]) -> list[str]:
     return worries
 
 
-def _identity(run: RunDir) -> Record:
-    """What run.json holds; nothing where there is none."""
-    if not run.identity.exists():
-        return {}
-    try:
-        return dict(json.loads(run.identity.read_text(encoding="utf-8")))
-    except (ValueError, TypeError):
-        raise UserError(
-            f"'{run.identity}' is damaged.", "The run trains on only with it: take it from a backup, if there is one."
-        ) from None
-
-
 def _noted(run: RunDir) -> Record:
     """What the run noted of itself, or nothing: it is read while others write."""
     with suppress(OSError, ValueError, TypeError):
@@ -243,8 +242,8 @@ def _state(note: Record, records: Sequence[Record], now: float) -> str:
     if not signs:
         return "running" if records else "not started"
     gaps = [after - before for before, after in zip(times[:-1], times[1:], strict=True)]
-    patience = max(SILENCE_SECONDS, SILENCE * statistics.median(gaps)) if gaps else SILENCE_SECONDS
-    patience = note.get("patience", patience)  # none in runs of 0.1.0: what is usual between records
+    usual = SILENCE * statistics.median(gaps) if gaps else 0.0
+    patience = max(note.get("patience", SILENCE_SECONDS), usual)  # runs of 0.1.0 have no note
     return "stopped" if now - max(signs) > patience else str(note.get("state", "running"))
 
 

@@ -88,8 +88,10 @@ def test_keys_of_another_kind_are_not_offered():
 def test_another_kind_by_override_drops_the_keys_of_the_one_before():
     assert load_recipe("base", ["entity.kind=token"]).entity == TokenEntity(kind="token")
     assert load_recipe("base", ["entity.kind=cell"]) == load_recipe("base")
-    changed = load_recipe("base", ["entity.kind=subsample", "entity.stride=2"]).entity
-    assert changed == SubsampleEntity(kind="subsample", stride=2)
+    for overrides in (["entity.kind=subsample", "entity.stride=2"], ["entity.stride=2", "entity.kind=subsample"]):
+        assert load_recipe("base", overrides).entity == SubsampleEntity(kind="subsample", stride=2)
+    with pytest.raises(UserError, match=r"entity\.stride: unknown key for kind token"):
+        load_recipe("base", ["entity.stride=2", "entity.kind=token"])
 
 
 def test_a_recipe_may_extend_one_that_extends_another(tmp_path):

@@ -14,6 +14,7 @@ from tests.runs import final_tensors, settings, small_recipe
 from xar_cli.checkpoint import latest_checkpoint
 from xar_cli.config import load_config_file, load_recipe
 from xar_cli.errors import UserError
+from xar_cli.evaluate.networks import DigitNetwork
 from xar_cli.logs import log, read_metrics
 from xar_cli.model import build_grouping
 from xar_cli.run_dir import RunDir
@@ -110,7 +111,7 @@ def test_a_dry_run_asks_for_what_previews_and_evaluations_need(data, tmp_path):
 
 @pytest.mark.parametrize(("every", "steps"), [(0.5, [2, 4, 6, 8, 10]), (0.01, list(range(1, 11)))])
 def test_evaluations_at_fractions_of_an_epoch(data, tmp_path, every, steps):
-    """5 steps an epoch; more often than every step cannot be. A checkpoint is begun before each."""
+    """5 steps an epoch; more often than every step cannot be."""
     config = small_recipe(f"train.eval_every={every}", "train.eval_count=8", "evaluate.protocol=digits")
     run = RunDir(tmp_path / "run")
     train(settings(config, data, run.root, reference=make_images(tmp_path / "real")))
@@ -118,6 +119,17 @@ def test_evaluations_at_fractions_of_an_epoch(data, tmp_path, every, steps):
     assert [record["step"] for record in records] == steps
     assert {record["measured_with"] for record in records} == {"digits; euler, 2 steps, guidance 2"}
     assert run_status(run).measured_with == "digits; euler, 2 steps, guidance 2"
+
+
+def test_a_reference_of_another_size_is_refused_before_the_first_step(data, tmp_path, monkeypatch):
+    monkeypatch.setattr(DigitNetwork, "input_size", None)  # as of Inception, which resizes
+    config = small_recipe("train.eval_every=1", "evaluate.protocol=digits")
+    reference = make_images(tmp_path / "large", side=16)
+    with pytest.raises(UserError, match=r"The samples have 8 x 8 pixels and the reference .* 16 x 16"):
+        dry_run_plan(config, data, tmp_path / "run", 1, reference=reference)
+    with pytest.raises(UserError, match="16 x 16"):
+        train(settings(config, data, tmp_path / "run", reference=reference))
+    assert not (tmp_path / "run").exists()
 
 
 def test_an_evaluation_of_a_model_without_classes_has_no_accuracy(data, tmp_path):

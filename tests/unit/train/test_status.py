@@ -102,6 +102,10 @@ def test_a_note_and_its_age(tmp_path):
     assert run_status(run, now=9000).state == "stopped"
     note(run, "running", 5000, patience=1060.0)  # its steps take long, and its records come from earlier
     assert run_status(run, now=6000).state == "running"
+    slow = make_run(tmp_path / "slow", [record | {"time": 60.0 * i} for i, record in enumerate(records(5))])
+    note(slow, "running", 240.0)
+    assert run_status(slow, now=800.0).state == "running"  # ten times what is usual between records
+    assert run_status(slow, now=900.0).state == "stopped"
 
 
 @pytest.mark.parametrize(("seconds", "patience"), [(1.0, 120.0), (300.0, 3060.0)])
@@ -121,12 +125,14 @@ def test_a_run_says_for_how_long_it_may_be_silent(tmp_path, monkeypatch, seconds
     with noted_state(run, counter, enabled=True) as note:
         assert noted("patience") == status.STARTING_SECONDS
         take_step(900.0)
+        take_step(seconds)
+        assert (noted("step"), noted("patience")) == (2, patience)  # as soon as it is known how long a step takes
         for _ in range(round(70 / seconds) + 1):
             take_step(seconds)
         assert (noted("state"), noted("patience")) == ("running", patience)
         assert noted("step") > 1
         note.write("drawing")
-        assert noted("patience") == status.DRAWING_SECONDS
+        assert noted("patience") == status.PAUSE_SECONDS
         clock[0] += 1000.0
         note.write("running")
         take_step(seconds)
@@ -148,8 +154,11 @@ def test_damaged_files(tmp_path):
     found = run_status(run, now=1150)
     assert (found.step, found.state) == (300, "failed")
     run.identity.write_text("{")
-    with pytest.raises(UserError, match=r"run\.json' is damaged"):
-        run_status(run)
+    run.checkpoints.write_text("a file in their place")
+    found = run_status(run, now=1150)
+    assert (found.step, found.total_steps, found.checkpoint_step) == (300, None, None)
+    assert "run.json' is damaged" in found.worries[0]
+    assert "checkpoints cannot be read" in found.worries[1]
 
 
 def test_a_run_that_died_before_its_first_record(tmp_path):
