@@ -268,11 +268,20 @@ def _set_aside(folder: Path) -> None:
     log.warning("The damaged %s is kept as %s.", folder.name, target.name)
 
 
-def _fault(folder: Path) -> str | None:
-    """What is wrong with a checkpoint folder, or None; a UserError where the system does not let it be read."""
+def require_whole(folder: Path, file: str | None = None) -> None:
+    """Raise a UserError unless a checkpoint folder, or one of its files, is as it was written."""
+    fault = _fault(folder, file)
+    if fault is not None:
+        raise UserError(f"The checkpoint '{folder}' is damaged: {fault}.", "Give another checkpoint, or a sound copy.")
+
+
+def _fault(folder: Path, file: str | None = None) -> str | None:
+    """What is wrong with a checkpoint folder (or one file of it), or None; a UserError where it cannot be read."""
     try:
         state = json.loads((folder / STATE_FILE).read_text(encoding="utf-8"))
         for name, expected in state["files"].items():
+            if file not in (None, name):
+                continue
             if (folder / name).stat().st_size != expected["bytes"]:
                 return f"{name} has the wrong size"
             if _crc32(folder / name) != expected["crc32"]:

@@ -131,13 +131,23 @@ def remote_facts(file: HubFile) -> tuple[int | None, str | None]:
     return facts.size, etag if _SHA256.fullmatch(etag) else None
 
 
+def cached(file: HubFile) -> Path | None:
+    """Where a file lies in the hub's cache, without asking the hub."""
+    from huggingface_hub import try_to_load_from_cache
+
+    path = try_to_load_from_cache(file.repo, file.filename, revision=file.revision)
+    return Path(path) if isinstance(path, str) else None
+
+
 def check_sha256(path: Path, expected: str) -> None:
-    """Raise a UserError (exit code 1) unless the file has the expected sha256."""
+    """Raise a UserError (exit code 1) unless a file of the hub's cache has the expected sha256; else it is removed."""
     found = sha256_of(path)
     if found != expected:
+        path.resolve().unlink()  # the cache links to it, and would link again
+        path.unlink(missing_ok=True)
         raise UserError(
-            f"'{path}' is damaged: its sha256 is {found}, not {expected}.",
-            "Remove the file and fetch it again.",
+            f"'{path}' was damaged: its sha256 was {found}, not {expected}.",
+            "It was removed: the same command fetches it again.",
             exit_code=1,
         )
 

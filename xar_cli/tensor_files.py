@@ -10,6 +10,7 @@ import argparse
 import ctypes
 import mmap
 import pickle
+import re
 import struct
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -76,9 +77,10 @@ def read_pickle(path: Path) -> Any:
                     raise
                 return torch.load(path, map_location="cpu", weights_only=True)  # the format before PyTorch 1.6
     except pickle.UnpicklingError as error:
+        asked = re.search(r"GLOBAL ([\w.]+)", str(error))  # torch's own words advise to open it all the same
+        named = f" ({asked[1]})" if asked else ""
         raise UserError(
-            f"'{path}' is no file of weights, or holds objects that could run code ({_first_line(error)}); "
-            "it was not opened.",
+            f"'{path}' is no file of weights, or holds objects that could run code{named}; it was not opened.",
             "Use a file that holds only tensors, or convert it to safetensors where you trust it.",
         ) from None
     except _DAMAGE as error:

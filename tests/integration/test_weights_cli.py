@@ -37,11 +37,11 @@ def hub():
         yield hub
 
 
-def xar_process(hub: FakeHub, cache: Path, *arguments: object) -> subprocess.CompletedProcess[str]:
+def xar_process(hub: FakeHub, cache: Path, *arguments: object, **variables: str) -> subprocess.CompletedProcess[str]:
     """Run `xar` in a process of its own, with the hub on loopback."""
     return subprocess.run(
         [sys.executable, "-m", "xar_cli", *map(str, arguments)],
-        env=hub.environment(cache),
+        env=hub.environment(cache) | variables,
         stdin=subprocess.DEVNULL,
         capture_output=True,
         text=True,
@@ -142,7 +142,18 @@ def test_download_refuses_what_is_not_what_the_hub_records(hub, tmp_path):
     path.write_bytes(b"the weights 0f base")
     again = xar_process(hub, tmp_path, "weights", "download", "base", "--yes")
     assert again.returncode == 1
-    assert "is damaged" in again.stderr
+    assert "was removed: the same command fetches it again" in " ".join(again.stderr.split())
+    once_more = xar_process(hub, tmp_path, "weights", "download", "base", "--yes")
+    assert Path(once_more.stdout.strip()).read_bytes() == b"the weights of base"
+
+
+def test_a_download_that_is_there_needs_no_hub(hub, tmp_path):
+    file = PUBLISHED["base"].file
+    hub.add(file.repo, file.filename, b"the weights of base")
+    first = xar_process(hub, tmp_path, "weights", "download", "base", "--yes")
+    offline = xar_process(hub, tmp_path, "weights", "download", "base", "--yes", HF_HUB_OFFLINE="1")
+    assert offline.returncode == 0, offline.stderr
+    assert offline.stdout == first.stdout
 
 
 def test_a_pushed_run_can_be_used_by_its_name_on_the_hub(hub, run_folder, tmp_path):

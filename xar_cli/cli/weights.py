@@ -70,13 +70,18 @@ def download(
 ) -> None:
     """Download published weights into the hub's cache: says what they are, asks, prints where they lie."""
     from xar_cli.errors import UserError, did_you_mean
-    from xar_cli.hub import PUBLISHED, check_sha256, fetch, remote_facts
+    from xar_cli.hub import PUBLISHED, cached, check_sha256, fetch, remote_facts
     from xar_cli.run_dir import format_bytes
 
     if name not in PUBLISHED:
         raise UserError(f"There are no published weights '{name}'.", did_you_mean(name, PUBLISHED))
     published = PUBLISHED[name]
-    size, recorded = remote_facts(published.file)
+    try:
+        size, recorded = remote_facts(published.file)
+    except UserError:
+        if cached(published.file) is None:
+            raise
+        size, recorded = None, None  # the hub is out of reach, and not needed
     typer.echo(f"source   {published.file}", err=True)
     typer.echo(f"size     {format_bytes(size or published.megabytes * 1e6)}", err=True)
     typer.echo(f"licence  {published.licence}", err=True)

@@ -17,7 +17,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from xar_cli.checkpoint import STATE_FILE, require_checkpoint
+from xar_cli.checkpoint import STATE_FILE, require_checkpoint, require_whole
 from xar_cli.config.recipes import load_config_file, validate
 from xar_cli.config.schema import Config
 from xar_cli.errors import UserError
@@ -158,10 +158,14 @@ def find_weights(source: str | Path, *, ema: bool = True) -> FoundWeights:
     """Open a source of weights and recognise it, whatever network it is of; errors as `open_weights`."""
     path = local_file(source)
     if (path / STATE_FILE).is_file():
+        require_whole(path)
         return _find_in_checkpoint(str(source), path, ema)
     if path.is_dir():
         return _find_in_checkpoint(str(source), require_checkpoint(RunDir(path)).folder, ema)
     if path.parent.name.startswith("step-") and (path.parent / STATE_FILE).is_file():
+        require_whole(path.parent, path.name)
+        if not ema and path.stem != "model":
+            raise UserError(f"'{source}' does not hold raw weights.", "Leave --raw away, or give model.safetensors.")
         return _find_group(str(source), path)
     content, metadata = read_tensor_file(path)
     if metadata.get("xar_format") == FORMAT:
@@ -193,7 +197,7 @@ def _choose_set(content: Any, ema: bool, name: str) -> tuple[Mapping[str, Tensor
 
 def _find_in_checkpoint(source: str, folder: Path, ema: bool) -> FoundWeights:
     """The weights in a checkpoint folder of one of our runs: the recipe's first average, or the raw ones."""
-    files = list(_read_json(folder / STATE_FILE)["files"])
+    files = list(_read_state(folder)["files"])
     wanted = [file for file in files if file.startswith("ema-")] if ema else ["model.safetensors"]
     if not wanted or wanted[0] not in files:
         kind = "averaged" if ema else "raw"
@@ -212,8 +216,8 @@ def _find_group(source: str, path: Path) -> FoundWeights:
         kind="raw" if path.stem == "model" else "ema",
         stored=load_config_file(run.config),
         state=content,
-        step=_read_json(path.parent / STATE_FILE)["step"],
-        class_names=tuple(_read_json(run.identity).get("class_names", ())),
+        step=_read_state(path.parent)["step"],
+        class_names=tuple(run.read_identity().get("class_names", ())),
     )
 
 
@@ -225,7 +229,15 @@ def _find_export(source: str, path: Path, state: State, metadata: Mapping[str, s
             f"{name} has version {metadata.get('version')} of our format; this program reads {VERSION}.",
             "Use a newer xar.",
         )
-    kind = metadata["kind"]
+    try:
+        kind, recipe = metadata["kind"], json.loads(metadata["recipe"])
+        class_names = tuple(json.loads(metadata["class_names"]))
+        epoch, step = (int(metadata[key]) if key in metadata else None for key in ("epoch", "step"))
+    except (KeyError, ValueError, TypeError) as error:
+        raise UserError(
+            f"What {name} says of its weights is damaged: {type(error).__name__}: {error}.",
+            "Write it again with `xar weights convert`.",
+        ) from None
     if not ema and kind != "raw":
         raise UserError(f"{name} does not hold raw weights.", "Leave --raw away.")
     return FoundWeights(
@@ -233,13 +245,14 @@ def _find_export(source: str, path: Path, state: State, metadata: Mapping[str, s
         path=path,
         layout=layout_of(state, name),
         kind="ema" if kind == "ema" else "raw" if kind == "raw" else "unstated",
-        stored=validate(json.loads(metadata["recipe"]), f"The recipe inside {name}"),
+        stored=validate(recipe, f"The recipe inside {name}"),
         state=state,
-        epoch=int(metadata["epoch"]) if "epoch" in metadata else None,
-        step=int(metadata["step"]) if "step" in metadata else None,
-        class_names=tuple(json.loads(metadata["class_names"])),
+        epoch=epoch,
+        step=step,
+        class_names=class_names,
     )
 
 
-def _read_json(path: Path) -> dict[str, Any]:
-    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+def _read_state(folder: Path) -> dict[str, Any]:
+    """What a checkpoint, found whole before, says of itself."""
+    return dict(json.loads((folder / STATE_FILE).read_text(encoding="utf-8")))

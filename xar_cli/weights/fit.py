@@ -32,8 +32,9 @@ _ROPE_TABLE = "encoder_blocks.0.attn.rope.freqs_cos"  # (N, head width): the onl
 
 def layout_of(state: Mapping[str, Tensor], what: str) -> Layout:
     """Whether a state dict has the published names or ours; raises UserError where it has neither."""
-    for layout in _TELLING:
-        if all(name.format(0) in state for name in _TELLING[layout]):
+    for layout, names in _TELLING.items():
+        found = [state.get(name.format(0)) for name in names]
+        if all(tensor is not None and tensor.ndim >= 2 for tensor in found[:-1]) and found[-1] is not None:
             return "published" if layout == "published" else "xar"
     if is_kl16(state):
         raise UserError(f"{what} holds the tokenizer KL-16, not a generator.", "Give this file to --tokenizer-weights.")

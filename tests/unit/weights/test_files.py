@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import hashlib
+import shutil
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from tests.seeded import seeded_state
 from tests.weight_files import save_safetensors
 from xar_cli.config import load_recipe
 from xar_cli.errors import UserError
+from xar_cli.tensor_files import read_tensor_file
 from xar_cli.weights import export_weights, from_published, load_weights, open_weights
 from xar_cli.weights.published import published_shapes
 
@@ -190,6 +193,48 @@ def test_damaged_files_are_refused(bare_file, run_folder, golden_config, tmp_pat
     for name in ("empty.pth", "text.pth", "none.pth"):
         with pytest.raises(UserError):
             open_weights(tmp_path / name)
+
+
+def test_a_damaged_checkpoint_is_refused_by_every_way_to_it(run_folder, tmp_path):
+    """Its bytes are read as they are by the format itself: the checksum alone tells."""
+    copy = tmp_path / "copy"
+    shutil.copytree(run_folder, copy)
+    (folder,) = (copy / "checkpoints").iterdir()
+    average = next(folder.glob("ema-*.safetensors"))
+    damaged = bytearray(average.read_bytes())
+    damaged[-100:-50] = b"\x7f" * 50
+    average.write_bytes(damaged)
+    for source in (copy, folder, average):
+        with pytest.raises(UserError, match="fails its checksum"):
+            open_weights(source)
+    assert open_weights(folder / "model.safetensors").kind == "raw"  # that one is whole
+    (folder / "state.json").write_text("{")
+    for source in (folder, folder / "model.safetensors"):
+        with pytest.raises(UserError, match=r"is damaged: state\.json"):
+            open_weights(source)
+
+
+def test_an_average_is_not_taken_for_raw_weights(run_folder):
+    average = next(run_folder.glob("checkpoints/*/ema-*.safetensors"))
+    with pytest.raises(UserError, match="does not hold raw weights"):
+        open_weights(average, ema=False)
+
+
+@pytest.mark.parametrize("lacks", ["kind", "recipe", "class_names"])
+def test_an_export_that_lost_what_it_says_is_refused(run_folder, tmp_path, lacks):
+    path = tmp_path / "out.safetensors"
+    export_weights(open_weights(run_folder), path)
+    content, metadata = read_tensor_file(path)
+    del metadata[lacks]
+    save_file(content, tmp_path / "less.safetensors", metadata)
+    with pytest.raises(UserError, match=f"damaged: KeyError: '{lacks}'"):
+        open_weights(tmp_path / "less.safetensors")
+
+
+def test_a_table_without_dimensions_is_no_network(published, tmp_path):
+    torch.save({**published, "class_emb.weight": torch.zeros(())}, tmp_path / "flat.pth")
+    with pytest.raises(UserError, match="holds no xAR weights"):
+        open_weights(tmp_path / "flat.pth")
 
 
 def test_a_folder_that_is_no_run_is_refused(tmp_path):
