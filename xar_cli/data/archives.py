@@ -9,7 +9,6 @@ from __future__ import annotations
 import os
 import tarfile
 import zipfile
-import zlib
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -21,7 +20,7 @@ from xar_cli.data.images import (
     decode_image,
     is_hidden,
     is_image_name,
-    printable,
+    read_failure,
     sort_into_classes,
 )
 from xar_cli.errors import UserError
@@ -90,7 +89,10 @@ class TarImages(ArchiveImages):
 
     def _read(self, name: str, shown: str) -> bytes:
         offset, size = self._places[name]
-        data = os.pread(self._descriptor, size, offset) if size <= MAX_FILE_BYTES else b""
+        try:
+            data = os.pread(self._descriptor, size, offset) if size <= MAX_FILE_BYTES else b""
+        except (OSError, MemoryError) as error:
+            raise read_failure(shown, error) from None
         if len(data) != size:
             raise BadImageError(shown, "the archive ends before it does")
         return data
@@ -119,15 +121,8 @@ class ZipImages(ArchiveImages):
             raise BadImageError(shown, f"{member.file_size} bytes are more than any photograph has")
         try:
             return self._zip.read(member)
-        except (
-            OSError,
-            EOFError,
-            ValueError,
-            NotImplementedError,
-            zipfile.BadZipFile,
-            zlib.error,
-        ) as error:
-            raise BadImageError(shown, printable(str(error))) from None
+        except Exception as error:  # damaged members make the decompressors raise nearly anything
+            raise read_failure(shown, error) from None
 
 
 def _members(tar: tarfile.TarFile, base: int = 0, folder: str = "") -> Iterator[tuple[str, int, int]]:

@@ -6,6 +6,7 @@ folders are read by archives.py, which shares the decoding.
 
 from __future__ import annotations
 
+import errno
 import io
 import os
 import warnings
@@ -25,6 +26,18 @@ IMAGE_SUFFIXES = frozenset(
     (".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm")
 )
 MAX_PIXELS = 178_956_970  # decoded or resized; where Pillow too calls an image a decompression bomb
+_FAULTS_OF_A_FILE = frozenset(
+    (
+        errno.ENOENT,
+        errno.EACCES,
+        errno.EPERM,
+        errno.EISDIR,
+        errno.ENOTDIR,
+        errno.ELOOP,
+        errno.ENAMETOOLONG,
+        errno.EINVAL,  # a damaged file sends its decoder to a place before its first byte
+    )
+)
 _SIXTEEN_BIT_MODES = ("I", "I;16", "I;16B", "I;16L", "I;16N")
 
 # Set once, since warning filters are shared by all threads: the checks below decide what is too large.
@@ -41,6 +54,20 @@ class BadImageError(UserError):
 
     def __reduce__(self) -> tuple[type, tuple[str, str]]:  # type: ignore[override]
         return type(self), (self.name, self.reason)
+
+
+def read_failure(name: str, error: Exception) -> UserError:
+    """What a failure to read a file means: a BadImageError; or a UserError that ends the work (exit code 1), where
+    the disk, the network or the memory failed, which says nothing of the file.
+    """
+    number = error.errno if isinstance(error, OSError) else None  # Pillow's own OSErrors have none
+    if isinstance(error, MemoryError) or (number is not None and number not in _FAULTS_OF_A_FILE):
+        return UserError(
+            f"Reading '{printable(name)}' failed: {_reason(error)}.",
+            "That is the machine, not the file: mend it; the same command goes on from what is stored.",
+            exit_code=1,
+        )
+    return BadImageError(name, _reason(error))
 
 
 class ImageSource(Protocol):
@@ -179,12 +206,13 @@ def load_image(path: str | Path, image_size: Sides, image_channels: int = 3) -> 
 
     Raises:
         BadImageError: missing, unreadable, truncated, not an image, or too large to be one.
+        UserError: the machine failed (`read_failure`).
     """
     try:
         with open(path, "rb") as file:
             return decode_image(file, str(path), image_size, image_channels)
-    except OSError as error:
-        raise BadImageError(str(path), error.strerror or str(error)) from None
+    except (OSError, MemoryError) as error:
+        raise read_failure(str(path), error) from None
 
 
 def decode_image(file: BinaryIO | bytes, name: str, image_size: Sides, image_channels: int = 3) -> np.ndarray:
@@ -193,10 +221,9 @@ def decode_image(file: BinaryIO | bytes, name: str, image_size: Sides, image_cha
     try:
         with Image.open(stream) as image:
             _refuse_bomb(image.size)
-            image = centre_crop(_to_eight_bits(image, image_channels), image_size)
+            pixels = np.asarray(centre_crop(_to_eight_bits(image, image_channels), image_size))
     except Exception as error:  # damaged files make Pillow's decoders raise nearly anything
-        raise BadImageError(name, _reason(error)) from None
-    pixels = np.asarray(image)
+        raise read_failure(name, error) from None
     return pixels[None] if image_channels == 1 else np.ascontiguousarray(pixels.transpose(2, 0, 1))
 
 
@@ -247,7 +274,11 @@ def _refuse_bomb(size: tuple[int, int]) -> None:
 
 
 def _reason(error: Exception) -> str:
-    """Why an image failed, without the object addresses that Pillow puts into its messages."""
+    """Why a file failed, without the object addresses that Pillow puts into its messages."""
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror
+    if isinstance(error, MemoryError):
+        return "the memory does not suffice"
     if isinstance(error, Image.UnidentifiedImageError):
         return "it is not an image, or it is damaged from its first bytes on"
     text = " ".join(str(error).split()) or type(error).__name__

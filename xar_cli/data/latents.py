@@ -67,7 +67,15 @@ class LatentWriter:
             self._write_row(row, [m[i] for m in both])
 
     def mark_bad(self, row: int) -> None:
-        """Set a row aside as unusable; it counts after the next `commit`."""
+        """Set a row that is not WRITTEN aside as unusable; it counts after the next `commit`.
+
+        Whatever a process that died has left in it goes, so that equal caches are equal files.
+        """
+        nothing = np.zeros(self.layout.row_shape, self.layout.dtype)
+        for name in self.layout.moments_names:
+            self._put(row, name, nothing)
+        self._put(row, "checksums", np.uint32(0))
+        self._put(row, "rounding", np.zeros(2, np.float32))
         self._pending.append((row, BAD))
 
     def commit(self) -> None:
