@@ -246,6 +246,11 @@ def check_layout(path: Path, layout: CacheLayout, num_classes: int, config: Conf
                 f"({want}).",
                 f"Make a cache with `xar cache-latents --recipe {config.name}`, or choose the recipe it was made with.",
             )
+    if config.data.mirror and not layout.flip:
+        raise UserError(
+            f"The recipe '{config.name}' trains on mirror images too, and the cache holds none.",
+            "Make the cache with --flip encode, or train with --set data.mirror=false.",
+        )
     if config.data.num_classes not in (0, num_classes):
         raise UserError(
             f"The latent cache '{path}' has {num_classes} classes, recipe '{config.name}' has "

@@ -51,7 +51,7 @@ def test_opens_whole_in_any_hdf5_program(cache):
 
 
 def test_a_square_cache_says_one_side_as_it_always_did(tmp_path):
-    path = make_cache(tmp_path / "latents.h5")
+    path = make_cache(tmp_path / "latents.h5", make_layout(source="abc"))
     with h5py.File(path) as file:
         assert (file.attrs["image_size"].shape, file.attrs["image_size"].dtype) == ((), np.int64)
     # The content hash of this cache in version 0.1.0: runs are held to it.
