@@ -6,6 +6,8 @@ flow between those steps is pipeline.py's.
 
 from __future__ import annotations
 
+import threading
+import zipfile
 from pathlib import Path
 from typing import Protocol
 
@@ -20,6 +22,7 @@ from xar_cli.errors import UserError
 from xar_cli.tokenizer import Codec
 
 MAR_KEYS = ("moments", "moments_flip")
+_ONE_HEADER_AT_A_TIME = threading.Lock()
 PROBED = 16  # files of MAR's cache, from first to last, of which one must fit
 
 
@@ -113,8 +116,8 @@ class ConvertMar:
         """The stored moments, float32 (1 or 2, 2C, H, W)."""
         path = self.root / self.names[row]
         try:
-            with np.load(path, allow_pickle=False) as arrays:
-                moments = np.stack([arrays[key] for key in self.keys]).astype(np.float32, copy=False)
+            with zipfile.ZipFile(path) as archive:
+                moments = np.stack([_read_npy(archive, key) for key in self.keys]).astype(np.float32, copy=False)
         except Exception as error:  # damaged files make NumPy's readers raise nearly anything
             raise read_failure(str(path), error) from None
         if moments.shape != self.item_shape:
@@ -141,6 +144,18 @@ class ConvertMar:
             f"'{printable(first.name)}': {first.reason}.",
             "Give the folder that MAR's caching wrote, and the recipe of its image size.",
         )
+
+
+def _read_npy(archive: zipfile.ZipFile, key: str) -> np.ndarray:
+    """One array of an npz. As np.load reads it, but for the headers: those are parsed one at a time, since Python 3.11
+    fails now and then ("AST constructor recursion depth mismatch") where several threads do that.
+    """
+    with archive.open(f"{key}.npy") as file:
+        is_first = np.lib.format.read_magic(file) == (1, 0)
+        with _ONE_HEADER_AT_A_TIME:
+            read_header = np.lib.format.read_array_header_1_0 if is_first else np.lib.format.read_array_header_2_0
+            shape, is_fortran, dtype = read_header(file)
+        return np.frombuffer(file.read(), dtype).reshape(shape, order="F" if is_fortran else "C")
 
 
 def open_images(path: Path) -> ImageSource:

@@ -1,6 +1,8 @@
 """What rows are made from: MAR's cache, archives, a tokenizer of one's own."""
 
+import time
 import zipfile
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -88,6 +90,23 @@ def test_a_cache_of_mar_may_begin_with_a_damaged_file(mar, tmp_path, method):
     assert (summary.num_samples, summary.num_bad) == (5, 1)
 
 
+def test_threads_read_headers_one_at_a_time(mar, monkeypatch):
+    job, real, inside, most = ConvertMar(mar[0], SHAPE, flip=True), np.lib.format.read_array_header_1_0, [], []
+
+    def read_header(file):
+        inside.append(1)
+        most.append(len(inside))
+        time.sleep(0.01)
+        inside.pop()
+        return real(file)
+
+    monkeypatch.setattr(np.lib.format, "read_array_header_1_0", read_header)
+    with ThreadPoolExecutor(4) as pool:
+        loaded = list(pool.map(job.load, range(6)))
+    assert max(most) == 1
+    assert np.array_equal(np.stack(loaded), np.stack(list(mar[1].values())))
+
+
 def test_a_header_that_is_no_python_is_a_bad_file_of_mar(mar):
     root, stored = mar
     path = root / next(iter(stored))
@@ -105,7 +124,7 @@ def test_what_is_no_cache_of_mar_is_refused(mar, tmp_path):
         ConvertMar(mar[0], (32, 32, 32), flip=True)
     for name in mar[1]:
         np.savez(mar[0] / name, other=np.zeros(3))
-    with pytest.raises(UserError, match="'moments"):
+    with pytest.raises(UserError, match=r"no item named 'moments\.npy'"):
         ConvertMar(mar[0], SHAPE, flip=True)
     with pytest.raises(UserError, match="no files of MAR's cache"):
         ConvertMar(make_images(tmp_path / "images"), SHAPE, flip=True)
