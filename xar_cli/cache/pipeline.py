@@ -64,13 +64,18 @@ class BadList:
 
     def too_many(self, error: BadImageError) -> UserError:
         """The error that ends the work."""
-        return UserError(
-            f"{self.count} images are bad, and {self.max_bad} may be; the last is "
-            f"'{printable(error.name)}': {error.reason}.",
-            f"They are listed in '{self.path}': mend or remove them, or add --skip-bad; the same command "
-            "goes on from here.",
-            exit_code=1,
+        return too_many_bad(
+            self.path, self.count, self.max_bad, f"; the last is '{printable(error.name)}': {error.reason}"
         )
+
+
+def too_many_bad(path: Path, count: int, max_bad: int | None, last: str = "") -> UserError:
+    """The error of more bad images than `max_bad`, which are listed in `path`; `last` tells of the last one."""
+    return UserError(
+        f"{count} images are bad, and {max_bad} may be{last}.",
+        f"They are listed in '{path}': mend or remove them, or add --skip-bad; the same command goes on from here.",
+        exit_code=1,
+    )
 
 
 def encode_blocks(

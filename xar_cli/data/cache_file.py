@@ -12,6 +12,7 @@ import errno
 import hashlib
 import json
 import os
+import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields
@@ -110,6 +111,17 @@ def shard_paths(path: Path, count: int) -> list[Path]:
     if count == 1:
         return [path]
     return [path.with_name(f"{path.stem}.shard-{i:05d}-of-{count:05d}{path.suffix}") for i in range(count)]
+
+
+def leftovers(path: Path) -> list[Path]:
+    """Files that a process left which was killed in `create_cache`, where `path` itself is not there: parts without
+    the file that joins them, and files that were being made.
+    """
+    if path.exists() or not path.parent.is_dir():
+        return []
+    part = rf"{re.escape(path.stem)}\.shard-\d{{5,}}-of-\d{{5,}}{re.escape(path.suffix)}"
+    being_made = rf"\.({re.escape(path.name)}|{part})\.\d+\.tmp"
+    return [file for file in path.parent.iterdir() if re.fullmatch(f"{part}|{being_made}", file.name)]
 
 
 def shard_bounds(num_samples: int, count: int, unit: int = 1) -> list[tuple[int, int]]:
