@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import BinaryIO, Protocol
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import ExifTags, Image
 
 from xar_cli.config.schema import Sides, height_and_width
 from xar_cli.errors import UserError
@@ -23,7 +23,7 @@ from xar_cli.logs import log
 
 CROP_RULE = "adm-centre"  # name of the rule in `centre_crop`, written into every cache
 IMAGE_SUFFIXES = frozenset(
-    (".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm")
+    (".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm", ".pbm", ".pnm")
 )
 MAX_PIXELS = 178_956_970  # decoded or resized; where Pillow too calls an image a decompression bomb
 _FAULTS_OF_A_FILE = frozenset(
@@ -38,6 +38,15 @@ _FAULTS_OF_A_FILE = frozenset(
         errno.EINVAL,  # a damaged file sends its decoder to a place before its first byte
     )
 )
+_TURNS = {  # of EXIF's orientations; 1 is upright
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
 _SIXTEEN_BIT_MODES = ("I", "I;16", "I;16B", "I;16L", "I;16N")
 
 # Set once, since warning filters are shared by all threads: the checks below decide what is too large.
@@ -98,7 +107,7 @@ class ImageFolder:
     Images right in the folder count only where no subfolder holds images: then there are no classes. Links to
     folders are followed. Hidden files and folders are left out.
 
-    Attributes as in `ImageSource`; `paths` holds the full path of every image.
+    Attributes as in `ImageSource`.
 
     Raises:
         UserError: no such folder, no images in it, a class without images, a folder that cannot be read, or a
@@ -108,11 +117,6 @@ class ImageFolder:
     def __init__(self, root: str | Path) -> None:
         self.root = Path(root)
         self.class_names, self.names, self.labels = list_classes(self.root)
-
-    @property
-    def paths(self) -> list[Path]:
-        """Full path of every image, in order."""
-        return [self.root / name for name in self.names]
 
     def __len__(self) -> int:
         """Number of images."""
@@ -259,13 +263,22 @@ def _to_eight_bits(image: Image.Image, image_channels: int) -> Image.Image:
     """The image upright, in mode RGB or L. Transparency is dropped, as ADM drops it; of 16 bits the upper 8
     are kept.
     """
-    image = ImageOps.exif_transpose(image)
+    image = _upright(image)
     if image.mode in _SIXTEEN_BIT_MODES:
         values = np.asarray(image)
         image = Image.fromarray((np.clip(values, 0, 65535).astype(np.uint16) >> 8).astype(np.uint8))
     elif image.mode == "F":
         raise ValueError("floating-point pixels have no known range")
     return image.convert("L" if image_channels == 1 else "RGB")
+
+
+def _upright(image: Image.Image) -> Image.Image:
+    """The image turned as its EXIF data says. Pillow's exif_transpose also writes those data anew, and fails at any odd
+    entry of a sound photograph.
+    """
+    image.load()  # TIFF files are turned by this
+    turn = _TURNS.get(image.getexif().get(ExifTags.Base.Orientation, 1))
+    return image if turn is None else image.transpose(turn)
 
 
 def _refuse_bomb(size: tuple[int, int]) -> None:

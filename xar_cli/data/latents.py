@@ -56,6 +56,7 @@ class LatentWriter:
 
         Raises:
             ValueError: a shape that does not fit the cache.
+            UserError: finite values that the cache's dtype cannot hold.
             OSError: the disk is full or gone.
         """
         both = [moments] if moments_flip is None else [moments, moments_flip]
@@ -111,9 +112,15 @@ class LatentWriter:
     def _write_row(self, row: int, exact: list[np.ndarray]) -> None:
         checksum, squares, largest = 0, 0.0, 0.0
         for name, values in zip(self.layout.moments_names, exact, strict=True):
-            with np.errstate(over="ignore", invalid="ignore"):  # beyond float16 lies Inf: `verify` finds it
+            with np.errstate(over="ignore", invalid="ignore"):  # beyond float16 lies Inf
                 stored = np.ascontiguousarray(values, self.layout.dtype)
                 difference = stored.astype(np.float32) - values
+            if not np.isfinite(stored).all() and np.isfinite(values).all():
+                raise UserError(
+                    f"Moments of image {row} reach {np.abs(values).max():.3g}, which {self.layout.dtype} cannot hold.",
+                    "Make another cache with --dtype float32.",
+                    exit_code=1,
+                )
             self._put(row, name, stored)
             checksum = zlib.crc32(stored.data, checksum)
             squares += float(np.mean(np.square(difference)))

@@ -52,7 +52,7 @@ def test_changed_bytes_are_found(tmp_path):
     assert verdict.as_dict()["ok"] is False
 
 
-@pytest.mark.parametrize("value", [np.nan, np.inf, 1e9])  # 1e9 becomes Inf in float16
+@pytest.mark.parametrize("value", [np.nan, np.inf])
 def test_numbers_that_are_none_are_found(cache, value):
     values = make_moments()[0][:1]
     values[0, 0, 0, 0] = value
