@@ -8,7 +8,7 @@ import numpy as np
 from PIL import Image
 
 from xar_cli.config import Config, load_recipe
-from xar_cli.data.cache_file import CacheLayout, create_cache
+from xar_cli.data.cache_file import CacheLayout, create_cache, hash_source
 from xar_cli.data.latents import LatentWriter
 
 N = 37
@@ -17,6 +17,8 @@ PIXEL_OVERRIDES = (
     "tokenizer={kind: pixels, patch: 1, latent_scale: 1.0}",
     "entity.size=4",
 )
+NAMES = [b"%03d.png" % i for i in range(N)]
+LABELS = np.arange(N, dtype=np.int64) % 10
 
 
 def make_layout(**changes) -> CacheLayout:
@@ -24,7 +26,7 @@ def make_layout(**changes) -> CacheLayout:
         "num_samples": N, "latent_channels": 1, "grid": (8, 8), "dtype": "float16", "flip": True,
         "tokenizer": "pixels/p1", "precision": "fp32", "latent_scale": 1.0,
         "image_size": 8, "image_channels": 1,
-        "crop": "adm-centre", "source": "abc",
+        "crop": "adm-centre", "source": hash_source(NAMES, LABELS),
     }  # fmt: skip
     return CacheLayout(**{**values, **changes})
 
@@ -33,17 +35,16 @@ def make_moments(seed: int = 0) -> np.ndarray:
     return np.random.default_rng(seed).standard_normal((2, N, 2, 8, 8)).astype(np.float32)
 
 
-LABELS = np.arange(N, dtype=np.int64) % 10
 CLASSES = [f"digit-{i}".encode() for i in range(10)]
 
 
 def make_cache(path, layout=None, num_shards=1, finish=True, skip=()):
     layout = layout or make_layout()
-    create_cache(path, layout, [b"%03d.png" % i for i in range(N)], LABELS, CLASSES, num_shards=num_shards)
+    create_cache(path, layout, NAMES, LABELS, CLASSES, num_shards=num_shards)
     if finish:
         image, mirror = make_moments().reshape(2, N, *layout.row_shape)
         with LatentWriter(path) as writer:
-            rows = np.array([row for row in range(N) if row not in skip])
+            rows = np.array([row for row in range(N) if row not in skip], np.int64)
             writer.write(rows, image[rows], mirror[rows] if layout.flip else None)
             for row in skip:
                 writer.mark_bad(row)

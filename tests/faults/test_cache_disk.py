@@ -5,9 +5,12 @@ import os
 from collections import namedtuple
 
 import pytest
+import torch
 
 from tests.caches import make_images, pixel_recipe
-from xar_cli.cache import cache_latents, pipeline
+from xar_cli.cache import CacheSettings, cache_latents, pipeline
+from xar_cli.cache.plan import make_plan
+from xar_cli.cache.stage import _prepare, plan_cache
 from xar_cli.data.cache_file import CacheFile
 from xar_cli.errors import UserError
 
@@ -60,6 +63,59 @@ def test_a_disk_too_small_is_refused_with_both_figures(images, tmp_path, monkeyp
         make(images, tmp_path / "new" / "latents.h5")
     assert caught.value.exit_code == 2
     assert not (tmp_path / "new").exists()
+
+
+@pytest.fixture
+def disk(tmp_path, monkeypatch):
+    """Makes the disk as large as a given number of bytes; what lies beside the cache takes its space."""
+
+    def set_size(size):
+        def usage(_):
+            used = sum(file.stat().st_size for file in (tmp_path / "new").glob("*") if file.is_file())
+            return namedtuple("usage", "total used free")(size, used, size - used)
+
+        monkeypatch.setattr("xar_cli.run_dir.shutil.disk_usage", usage)
+
+    (tmp_path / "new").mkdir()
+    return set_size
+
+
+def test_what_a_killed_process_left_is_removed_and_needs_no_second_space(images, tmp_path, disk):
+    out = tmp_path / "new" / "latents.h5"
+    left = [".latents.h5.123.tmp", "latents.shard-00000-of-00002.h5", ".latents.shard-00001-of-00002.h5.123.tmp"]
+    others = ["latents.old.h5", ".latents.old.h5.9.tmp", "latents.old.shard-00000-of-00002.h5", "latents.shard-1.h5"]
+    for name in (*left, *others):
+        (out.parent / name).write_bytes(bytes(500_000 if name in left else 1000))
+    disk(2_000_000)
+    make(images, out)
+    assert sorted(file.name for file in out.parent.iterdir()) == sorted([*others, ".latents.h5.lock", "latents.h5"])
+    make(images, out)
+    assert sorted(file.name for file in out.parent.iterdir()) == sorted([*others, ".latents.h5.lock", "latents.h5"])
+
+
+def test_a_plan_beside_a_cache_that_is_being_made_does_not_count_its_space_twice(images, tmp_path, disk, monkeypatch):
+    out, replace, plans = tmp_path / "new" / "latents.h5", os.replace, []
+    settings = CacheSettings(images=images, out=out, config=RECIPE, device="cpu", batch_size=4)
+
+    def plan_meanwhile(source, target):
+        replace(source, target)
+        if target.name != out.name:
+            disk(0)
+            plans.append(make_plan(settings, torch.device("cpu")))
+            disk(10_000_000)
+
+    disk(10_000_000)
+    plan, job = make_plan(settings, torch.device("cpu"))
+    monkeypatch.setattr(os, "replace", plan_meanwhile)
+    _prepare(out, plan, job, num_shards=2)
+    assert len(plans) == 2
+
+
+def test_a_dry_run_sees_a_disk_too_small(images, tmp_path, disk):
+    disk(2000)
+    settings = CacheSettings(images=images, out=tmp_path / "new" / "latents.h5", config=RECIPE, device="cpu")
+    with pytest.raises(UserError, match="Not enough disk space"):
+        plan_cache(settings)
 
 
 def test_a_disk_that_fills_up_while_space_is_reserved_leaves_nothing(images, tmp_path, monkeypatch):

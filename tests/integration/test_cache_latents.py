@@ -136,6 +136,19 @@ def test_two_real_ranks_make_one_cache_and_one_goes_on_from_it(images, tmp_path,
     assert summarize(out).content_hash == summarize(alone).content_hash
 
 
+def test_several_ranks_set_no_more_aside_together_than_one(images, tmp_path, xar):
+    for name in ("class-0/001.png", "class-2/008.png"):  # one for each of two ranks
+        (images / name).write_bytes(b"")
+    out = tmp_path / "latents.h5"
+    ranks = [*COMMAND, *arguments(images, out, "--batch-size", "4", "--nproc-per-node", "2", "--json")]
+    first = subprocess.run([*ranks, "--max-bad", "1"], capture_output=True, text=True)
+    assert first.returncode == 1, first.stderr
+    assert "2 images are bad, and 1 may be" in first.stderr
+    assert (summarize(out).num_samples, summarize(out).num_missing) == (25, 0)
+    second = subprocess.run([*ranks, "--max-bad", "2"], capture_output=True, text=True)
+    assert (second.returncode, json.loads(second.stdout)["num_bad"]) == (0, 2), second.stderr
+
+
 def test_a_stopped_command_keeps_what_it_made(tmp_path):
     images, out = make_images(tmp_path / "images", 3, 700), tmp_path / "latents.h5"
     process = subprocess.Popen(

@@ -6,8 +6,8 @@ flow between those steps is pipeline.py's.
 
 from __future__ import annotations
 
+import threading
 import zipfile
-import zlib
 from pathlib import Path
 from typing import Protocol
 
@@ -17,11 +17,13 @@ from torch import Tensor
 
 from xar_cli.config.schema import Sides, height_and_width
 from xar_cli.data.archives import is_archive, open_archive
-from xar_cli.data.images import BadImageError, ImageFolder, ImageSource, list_classes, printable
+from xar_cli.data.images import BadImageError, ImageFolder, ImageSource, list_classes, printable, read_failure
 from xar_cli.errors import UserError
 from xar_cli.tokenizer import Codec
 
 MAR_KEYS = ("moments", "moments_flip")
+_ONE_HEADER_AT_A_TIME = threading.Lock()
+PROBED = 16  # files of MAR's cache, from first to last, of which one must fit
 
 
 class Job(Protocol):
@@ -98,7 +100,7 @@ class ConvertMar:
         flip: whether to take the moments of the mirror images too.
 
     Raises:
-        UserError: no such folder, nothing in it, or a first file of another shape.
+        UserError: no such folder, nothing in it, or nothing of this shape.
     """
 
     item_dtype: np.dtype = np.dtype(np.float32)
@@ -108,31 +110,52 @@ class ConvertMar:
         self.keys = MAR_KEYS if flip else MAR_KEYS[:1]
         self.item_shape: tuple[int, ...] = (len(self.keys), *row_shape)
         self.class_names, self.names, self.labels = list_classes(root, frozenset((".npz",)), "files of MAR's cache")
-        try:
-            self.load(0)
-        except BadImageError as error:
-            raise UserError(
-                f"'{printable(str(root))}' is no cache of MAR that fits the recipe: "
-                f"'{printable(error.name)}': "
-                f"{error.reason}.",
-                "Give the folder that MAR's caching wrote, and the recipe of its image size.",
-            ) from None
+        self._require_one_that_fits()
 
     def load(self, row: int) -> np.ndarray:
         """The stored moments, float32 (1 or 2, 2C, H, W)."""
         path = self.root / self.names[row]
         try:
-            with np.load(path, allow_pickle=False) as arrays:
-                moments = np.stack([arrays[key] for key in self.keys]).astype(np.float32, copy=False)
-        except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.error) as error:
-            raise BadImageError(str(path), " ".join(str(error).split()).rstrip(".")) from None
+            with zipfile.ZipFile(path) as archive:
+                moments = np.stack([_read_npy(archive, key) for key in self.keys]).astype(np.float32, copy=False)
+        except Exception as error:  # damaged files make NumPy's readers raise nearly anything
+            raise read_failure(str(path), error) from None
         if moments.shape != self.item_shape:
             raise BadImageError(str(path), f"its moments have shape {moments.shape[1:]}, not {self.row_shape}")
+        if not np.isfinite(moments).all():
+            raise BadImageError(str(path), "its moments are not finite")
         return moments
 
     def encode(self, items: np.ndarray) -> list[Tensor]:
         """The moments as they are, one array for the images and one for the mirror images."""
         return [torch.from_numpy(items[:, i]) for i in range(len(self.keys))]
+
+    def _require_one_that_fits(self) -> None:
+        first: BadImageError | None = None
+        for row in np.linspace(0, len(self.names) - 1, min(PROBED, len(self.names))).astype(int).tolist():
+            try:
+                self.load(row)
+                return
+            except BadImageError as error:
+                first = first or error
+        assert first is not None  # there is at least one file
+        raise UserError(
+            f"'{printable(str(self.root))}' is no cache of MAR that fits the recipe: "
+            f"'{printable(first.name)}': {first.reason}.",
+            "Give the folder that MAR's caching wrote, and the recipe of its image size.",
+        )
+
+
+def _read_npy(archive: zipfile.ZipFile, key: str) -> np.ndarray:
+    """One array of an npz. As np.load reads it, but for the headers: those are parsed one at a time, since Python 3.11
+    fails now and then ("AST constructor recursion depth mismatch") where several threads do that.
+    """
+    with archive.open(f"{key}.npy") as file:
+        is_first = np.lib.format.read_magic(file) == (1, 0)
+        with _ONE_HEADER_AT_A_TIME:
+            read_header = np.lib.format.read_array_header_1_0 if is_first else np.lib.format.read_array_header_2_0
+            shape, is_fortran, dtype = read_header(file)
+        return np.frombuffer(file.read(), dtype).reshape(shape, order="F" if is_fortran else "C")
 
 
 def open_images(path: Path) -> ImageSource:

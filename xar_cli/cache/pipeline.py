@@ -64,13 +64,18 @@ class BadList:
 
     def too_many(self, error: BadImageError) -> UserError:
         """The error that ends the work."""
-        return UserError(
-            f"{self.count} images are bad, and {self.max_bad} may be; the last is "
-            f"'{printable(error.name)}': {error.reason}.",
-            f"They are listed in '{self.path}': mend or remove them, or add --skip-bad; the same command "
-            "goes on from here.",
-            exit_code=1,
+        return too_many_bad(
+            self.path, self.count, self.max_bad, f"; the last is '{printable(error.name)}': {error.reason}"
         )
+
+
+def too_many_bad(path: Path, count: int, max_bad: int | None, last: str = "") -> UserError:
+    """The error of more bad images than `max_bad`, which are listed in `path`; `last` tells of the last one."""
+    return UserError(
+        f"{count} images are bad, and {max_bad} may be{last}.",
+        f"They are listed in '{path}': mend or remove them, or add --skip-bad; the same command goes on from here.",
+        exit_code=1,
+    )
 
 
 def encode_blocks(
@@ -79,22 +84,24 @@ def encode_blocks(
     """Make and store all missing rows of some blocks.
 
     A block is always made whole, its stored and bad rows too, since a row's last bits may depend on the
-    batch.
+    batch. An image that is stored and can no longer be read stays stored.
 
     Raises:
-        UserError: more bad images than allowed, or moments that are not finite (exit code 1); what was made
-            is stored.
+        UserError: more bad images than allowed, a machine that fails to read images, or moments that are not
+            finite (exit code 1); what was made is stored.
         OSError: the disk failed; what was committed is stored.
     """
     store = _Store(writer, display, bad)
     try:
         for block, loaded in _load_ahead(job, blocks, workers):
             items, failures = _collect(job, loaded)
+            done = writer.states[block.start : block.stop] == WRITTEN
             for i, error in failures.items():
+                if done[i]:
+                    continue
                 if not bad.add(block.start + i, error):
                     raise bad.too_many(error)
                 store.put_bad(block.start + i)
-            done = writer.states[block.start : block.stop] == WRITTEN
             keep = np.flatnonzero(~done & ~np.isin(np.arange(len(done)), list(failures)))
             if len(keep):
                 with memory_for(f"Encoding {len(items)} images at a time", "Lower --batch-size: it goes on from here."):

@@ -15,7 +15,7 @@ from pydantic import Field
 from xar_cli.cache.jobs import ConvertMar, EncodeImages, Job, open_images
 from xar_cli.config import Config
 from xar_cli.config.schema import Section
-from xar_cli.data.cache_file import DTYPES, WRITTEN, CacheFile, CacheLayout, hash_source
+from xar_cli.data.cache_file import DTYPES, WRITTEN, CacheFile, CacheLayout, hash_source, leftovers
 from xar_cli.data.images import CROP_RULE
 from xar_cli.errors import UserError, did_you_mean
 from xar_cli.run_dir import require_writable
@@ -93,15 +93,15 @@ class CachePlan:
 
 
 def make_plan(settings: CacheSettings, device: torch.device) -> tuple[CachePlan, Job]:
-    """Check settings against the images, the recipe, the disk and the cache that may be there; writes
-    nothing.
+    """Check settings against the images, the recipe and the cache that may be there; writes nothing. What room the disk
+    has is `require_room`'s.
 
     Returns:
         the plan, and what the rows are made from, open.
 
     Raises:
         UserError: images that cannot be listed, a class count other than the recipe's, missing weights, a
-            cache of something else at `out`, a disk too small.
+            cache of something else at `out`.
     """
     settings.check()
     config = settings.config
@@ -132,12 +132,18 @@ def make_plan(settings: CacheSettings, device: torch.device) -> tuple[CachePlan,
         there = CacheFile(settings.out)
         _refuse_other(settings.out, there.layout, layout)
         num_done = int(np.count_nonzero(there.states == WRITTEN))
-        require_writable(settings.out.parent, 0, "the latent cache")
-    else:
-        require_writable(settings.out.parent, total_bytes, "the latent cache")
     values = config.data.image_channels * math.prod(config.data.image_shape)
     batch_size = settings.batch_size or max(1, min(MAX_BATCH, PIXEL_VALUES_PER_BATCH // values))
     return CachePlan(layout, num_classes, batch_size, total_bytes, num_done), job
+
+
+def require_room(out: Path, plan: CachePlan) -> None:
+    """Raise a UserError unless the cache can be written at `out`, with all of its space where it is not there yet.
+
+    One rank asks, before the file is made: while it is being made, others would see a disk that is full already.
+    """
+    left = sum(file.stat().st_blocks * 512 for file in leftovers(out) if file.exists())  # they go first
+    require_writable(out.parent, 0 if out.exists() else max(0, plan.total_bytes - left), "the latent cache")
 
 
 def _open_job(settings: CacheSettings, device: torch.device) -> tuple[Job, str, str]:

@@ -20,10 +20,10 @@ from typing import Any
 import numpy as np
 
 from xar_cli.cache.jobs import Job
-from xar_cli.cache.pipeline import BadList, Block, encode_blocks
-from xar_cli.cache.plan import CachePlan, CacheSettings, make_plan
+from xar_cli.cache.pipeline import BadList, Block, encode_blocks, too_many_bad
+from xar_cli.cache.plan import CachePlan, CacheSettings, make_plan, require_room
 from xar_cli.config import Config
-from xar_cli.data.cache_file import BAD, MISSING, WRITTEN, CacheFile, create_cache
+from xar_cli.data.cache_file import BAD, MISSING, WRITTEN, CacheFile, create_cache, leftovers
 from xar_cli.data.imagenet import class_title
 from xar_cli.data.images import printable
 from xar_cli.data.latents import LatentWriter
@@ -31,7 +31,6 @@ from xar_cli.distributed import Ranks, pick_device, process_group
 from xar_cli.errors import UserError
 from xar_cli.lock import JobLock
 from xar_cli.logs import log, progress
-from xar_cli.run_dir import require_writable
 
 
 @dataclass(frozen=True)
@@ -96,7 +95,9 @@ def run_stage(settings: CacheSettings) -> dict[str, Any]:
 
 def plan_cache(settings: CacheSettings) -> CachePlan:
     """What the stage would do, with all checks made; writes nothing."""
-    return make_plan(settings, pick_device(settings.device))[0]
+    plan, _ = make_plan(settings, pick_device(settings.device))
+    require_room(settings.out, plan)
+    return plan
 
 
 def run_cache(settings: CacheSettings, ranks: Ranks) -> CacheSummary:
@@ -111,6 +112,8 @@ def run_cache(settings: CacheSettings, ranks: Ranks) -> CacheSummary:
             what was made stays).
     """
     plan, job = make_plan(settings, ranks.device)
+    if ranks.is_main:
+        require_room(settings.out, plan)
     settings.out.parent.mkdir(parents=True, exist_ok=True)
     with cache_lock(settings.out) as lock:
         if ranks.is_main:
@@ -130,7 +133,10 @@ def run_cache(settings: CacheSettings, ranks: Ranks) -> CacheSummary:
 
 
 def cache_lock(path: Path) -> JobLock:
-    """The right to write a cache: `.<name>.lock` beside it; its folder must be there."""
+    """The right to write a cache: `.<name>.lock` beside it, the same by whatever link it is named; its folder must be
+    there.
+    """
+    path = path.resolve() if path.exists() else path
     return JobLock(path.with_name(f".{path.name}.lock"), f"The latent cache '{path}' is being written")
 
 
@@ -150,6 +156,12 @@ def summarize(path: Path) -> CacheSummary:
         rounding_rms=float(np.sqrt(np.mean(np.square(rounding[:, 0])))) if len(rounding) else 0.0,
         rounding_max=float(rounding[:, 1].max(initial=0)),
     )
+
+
+def require_few_bad(settings: CacheSettings, num_bad: int) -> None:
+    """Raise the UserError of too many bad images for those of all ranks, of which each has counted its own."""
+    if settings.max_bad is not None and num_bad > settings.max_bad:
+        raise too_many_bad(bad_list_path(settings.out), num_bad, settings.max_bad)
 
 
 def bad_list_path(out: Path) -> Path:
@@ -174,12 +186,13 @@ def share_of_blocks(writer: LatentWriter, batch_size: int, rank: int, world_size
 
 
 def _prepare(out: Path, plan: CachePlan, job: Job, num_shards: int) -> None:
-    """Bring the cache file into being, unless it is there."""
+    """Bring the cache file into being, unless it is there; without what a killed process left of another try."""
     bad_list_path(out).unlink(missing_ok=True)  # bad images are tried again
     if out.exists():
         log.info(f"continuing {out}: {plan.num_done} of {plan.layout.num_samples} images are done")
         return
-    require_writable(out.parent, plan.total_bytes, "the latent cache")
+    for file in leftovers(out):
+        file.unlink(missing_ok=True)
     with _disk_errors(out):
         create_cache(
             out,

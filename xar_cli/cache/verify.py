@@ -14,7 +14,7 @@ import numpy as np
 
 from xar_cli.cache.stage import summarize
 from xar_cli.config import Config
-from xar_cli.data.cache_file import MISSING, WRITTEN, CacheFile
+from xar_cli.data.cache_file import MISSING, WRITTEN, CacheFile, hash_source
 from xar_cli.data.latents import check_layout
 from xar_cli.data.rows import RowReader
 from xar_cli.errors import UserError
@@ -62,7 +62,7 @@ class Verdict:
         checksum_errors: rows whose bytes are not those that were written.
         not_finite: rows with NaN or Inf.
         dead: rows whose mean is the same everywhere: a blank image, or no image at all.
-        duplicates: rows with the same bytes as an earlier one (by checksum).
+        duplicates: rows with the same bytes as an earlier one.
         channel_mean, channel_std: of the raw latents, per channel, sampling noise included.
         scaled_std: standard deviation over all channels times the latent scale; about 1 in a good recipe.
         faults: what is wrong, one sentence each; none in a sound cache.
@@ -125,6 +125,8 @@ def verify_cache(path: Path, config: Config | None = None, tokenizer: str | None
     )
     if verdict.num_missing:
         verdict.faults.append(f"{verdict.num_missing} of {len(file.states)} images are not done")
+    elif not len(written):
+        verdict.faults.append("it holds no sample: all images are bad")
     _check_classes(file, written, verdict)
     _check_rows(file, written, verdict)
     return verdict
@@ -132,6 +134,11 @@ def verify_cache(path: Path, config: Config | None = None, tokenizer: str | None
 
 def _check_classes(file: CacheFile, written: np.ndarray, verdict: Verdict) -> None:
     labels, count = file.labels[written], len(file.class_names)
+    names = file.names()
+    if names is None:
+        verdict.warnings.append("the file has no names: whether its labels are those of its images is not known")
+    elif hash_source(names, file.labels) != file.layout.source:
+        verdict.faults.append("names or labels are not those of the images that it was made from")
     if len(set(file.class_names)) != count:
         verdict.faults.append("two classes have the same name")
     highest = max(count, 1)  # without classes all labels are 0
@@ -175,7 +182,7 @@ def _check_rows(file: CacheFile, written: np.ndarray, verdict: Verdict) -> None:
     strange, dead = sorted(set(strange)), sorted(set(dead))
     verdict.checksum_errors, verdict.not_finite, verdict.dead = len(wrong), len(strange), len(dead)
     if file.checksums is not None:
-        verdict.duplicates = len(written) - len(np.unique(file.checksums[written]))
+        verdict.duplicates = _count_duplicates(reader, written, file.checksums[written], sets)
     else:
         verdict.warnings.append("the file has no checksums: whether its bytes are as written is not known")
     if wrong:
@@ -186,6 +193,20 @@ def _check_rows(file: CacheFile, written: np.ndarray, verdict: Verdict) -> None:
         verdict.warnings.append(f"{len(dead)} rows are the same everywhere (blank images): {_some(dead)}")
     if count:
         _add_statistics(file, verdict, total / count, squares / count)
+
+
+def _count_duplicates(reader: RowReader, rows: np.ndarray, checksums: np.ndarray, sets: int) -> int:
+    """Rows with the bytes of an earlier one: those of equal checksum are compared, since among a million rows some
+    hundred have that of another by chance.
+    """
+    order = np.argsort(checksums, kind="stable")
+    _, starts, counts = np.unique(checksums[order], return_index=True, return_counts=True)
+    duplicates = 0
+    for start, count in zip(starts[counts > 1].tolist(), counts[counts > 1].tolist(), strict=True):
+        alike = rows[order[start : start + count]]
+        distinct = {reader.read(np.repeat(row, sets), np.arange(sets)).tobytes() for row in alike}
+        duplicates += count - len(distinct)
+    return duplicates
 
 
 def _add_statistics(file: CacheFile, verdict: Verdict, mean: np.ndarray, square: np.ndarray) -> None:

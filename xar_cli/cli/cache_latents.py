@@ -72,7 +72,7 @@ def cache_latents(
     if context.invoked_subcommand:
         return
     from xar_cli.cache.plan import CacheSettings
-    from xar_cli.cache.stage import plan_cache, summarize
+    from xar_cli.cache.stage import plan_cache, require_few_bad, summarize
     from xar_cli.config import load_recipe
     from xar_cli.errors import UserError
     from xar_cli.hub import absolute_source
@@ -108,6 +108,7 @@ def cache_latents(
     result = dict(run("xar_cli.cache.stage:run_stage", settings, launch))
     if launch.world_size > 1:  # the ranks have all ended now
         result |= {**summarize(settings.out).as_dict(), "num_encoded": None, "seconds": result["seconds"]}
+    require_few_bad(settings, result["num_bad"])
     _print(result, as_json)
 
 

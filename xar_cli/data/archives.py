@@ -7,10 +7,9 @@ decoding, are images.py's.
 from __future__ import annotations
 
 import os
+import posixpath
 import tarfile
 import zipfile
-import zlib
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -22,24 +21,28 @@ from xar_cli.data.images import (
     is_hidden,
     is_image_name,
     printable,
+    read_failure,
     sort_into_classes,
 )
 from xar_cli.errors import UserError
 
 ARCHIVE_SUFFIXES = (".tar", ".zip")
+COMPRESSED_TARS = (".tgz", ".tbz", ".tbz2", ".txz", ".tzst")  # besides .tar.gz and its kin
 MAX_FILE_BYTES = 1 << 30  # a compressed member that unpacks to more is a bomb, not an image
 
 
 def is_archive(path: Path) -> bool:
     """Whether a path is a file that this module reads, or one that it explains why not (.tar.gz)."""
-    return path.is_file() and (path.suffix.lower() in ARCHIVE_SUFFIXES or ".tar" in path.suffixes)
+    known = path.suffix.lower() in (*ARCHIVE_SUFFIXES, *COMPRESSED_TARS) or ".tar" in path.suffixes
+    return known and path.is_file()
 
 
 def open_archive(path: Path) -> ArchiveImages:
     """The images in a `.tar` or `.zip`.
 
     Raises:
-        UserError: a compressed tar, a damaged or encrypted archive, or one without images.
+        UserError: a compressed tar, a damaged or encrypted archive, links that lead out of it, a class without
+            images, or no images at all.
     """
     return ZipImages(path) if path.suffix.lower() == ".zip" else TarImages(path)
 
@@ -48,13 +51,17 @@ class ArchiveImages:
     """Images in an archive (an `ImageSource`): classes and order as in the folder that was packed.
 
     Folders that wrap the class folders (`imagenet/train/n01440764/...`) are passed over.
+
+    Args:
+        path: the archive.
+        members: names of the files in it, and of folders, these with a slash at the end.
     """
 
     def __init__(self, path: Path, members: list[str]) -> None:
         self.path = path
-        kept = [name for name in members if not any(is_hidden(part) for part in name.split("/"))]
+        kept = [name for name in members if name != "/" and not _is_hidden_path(name)]
         prefix = _wrapping([name for name in kept if is_image_name(name)])
-        inside = [name[len(prefix) :] for name in kept if name.startswith(prefix) and is_image_name(name)]
+        inside = [name[len(prefix) :] for name in kept if name.startswith(prefix)]
         self.class_names, self.names, self.labels = sort_into_classes(inside, str(path))
         self._prefix = prefix
 
@@ -79,18 +86,29 @@ class TarImages(ArchiveImages):
     def __init__(self, path: Path) -> None:
         try:
             with tarfile.open(path, "r:") as tar:
-                self._places = {_plain(name): place for name, *place in _members(tar)}
+                contents = _TarContents()
+                contents.add(tar)
         except tarfile.TarError as error:
             raise UserError(
                 f"'{path}' cannot be read as an uncompressed tar: {error}.",
                 "A compressed tar has no way to its middle: unpack it, or pack it again without compression.",
             ) from None
-        super().__init__(path, list(self._places))
+        self._places = contents.files
+        lost = contents.follow_links()
+        if lost:
+            raise UserError(
+                f"{len(lost)} links of '{path}' lead to no file in it, '{printable(lost[0])}' for one.",
+                "Pack it again with the files that they lead to: tar --dereference.",
+            )
+        super().__init__(path, [*self._places, *contents.folders])
         self._descriptor = os.open(path, os.O_RDONLY)
 
     def _read(self, name: str, shown: str) -> bytes:
         offset, size = self._places[name]
-        data = os.pread(self._descriptor, size, offset) if size <= MAX_FILE_BYTES else b""
+        try:
+            data = os.pread(self._descriptor, size, offset) if size <= MAX_FILE_BYTES else b""
+        except (OSError, MemoryError) as error:
+            raise read_failure(shown, error) from None
         if len(data) != size:
             raise BadImageError(shown, "the archive ends before it does")
         return data
@@ -108,10 +126,12 @@ class ZipImages(ArchiveImages):
             self._zip = zipfile.ZipFile(path)
         except zipfile.BadZipFile as error:
             raise UserError(f"'{path}' cannot be read as a zip: {error}.", "Copy or pack it again.") from None
-        self._members = {_plain(member.filename): member for member in self._zip.infolist() if not member.is_dir()}
+        members = self._zip.infolist()
+        self._members = {_plain(member.filename): member for member in members if not member.is_dir()}
         if any(member.flag_bits & 1 for member in self._members.values()):
             raise UserError(f"'{path}' is encrypted.", "Unpack it with its password first.")
-        super().__init__(path, list(self._members))
+        folders = [f"{_plain(member.filename)}/" for member in members if member.is_dir()]
+        super().__init__(path, [*self._members, *folders])
 
     def _read(self, name: str, shown: str) -> bytes:
         member = self._members[name]
@@ -119,28 +139,61 @@ class ZipImages(ArchiveImages):
             raise BadImageError(shown, f"{member.file_size} bytes are more than any photograph has")
         try:
             return self._zip.read(member)
-        except (
-            OSError,
-            EOFError,
-            ValueError,
-            NotImplementedError,
-            zipfile.BadZipFile,
-            zlib.error,
-        ) as error:
-            raise BadImageError(shown, printable(str(error))) from None
+        except Exception as error:  # damaged members make the decompressors raise nearly anything
+            raise read_failure(shown, error) from None
 
 
-def _members(tar: tarfile.TarFile, base: int = 0, folder: str = "") -> Iterator[tuple[str, int, int]]:
-    """Name, place of the first byte, and size of every file; a tar inside counts as a folder of its name."""
-    for member in tar:
-        if not member.isfile():
-            continue
-        name, place = folder + member.name, base + member.offset_data
-        if name.endswith(".tar") and not folder:
-            with tarfile.open(fileobj=tar.extractfile(member), mode="r:") as inner:
-                yield from _members(inner, place, f"{name.removesuffix('.tar')}/")
-        else:
-            yield name, place, member.size
+class _TarContents:
+    """What is in a tar; a tar inside it counts as a folder of its name.
+
+    Attributes:
+        files: place of the first byte and size of every file.
+        links: where the hard and symbolic links lead, as a name in the archive; what lies outside begins with / or ..
+        folders: names of the folders, with a slash at the end.
+    """
+
+    def __init__(self) -> None:
+        self.files: dict[str, tuple[int, int]] = {}
+        self.links: dict[str, str] = {}
+        self.folders: list[str] = []
+
+    def add(self, tar: tarfile.TarFile, base: int = 0, folder: str = "") -> None:
+        """Take in the members of a tar that begins at byte `base`."""
+        for member in tar:
+            name, place = folder + _plain(member.name), base + member.offset_data
+            if _is_hidden_path(name):
+                continue
+            if member.isdir():
+                self.folders.append(f"{name}/")
+            elif member.islnk():
+                self.links[name] = folder + _plain(member.linkname)
+            elif member.issym():
+                self.links[name] = posixpath.normpath(posixpath.join(posixpath.dirname(name), member.linkname))
+            elif member.isfile() and name.endswith(".tar") and not folder:
+                inside = f"{name.removesuffix('.tar')}/"
+                self.folders.append(inside)
+                with tarfile.open(fileobj=tar.extractfile(member), mode="r:") as inner:
+                    self.add(inner, place, inside)
+            elif member.isfile():
+                self.files[name] = (place, member.size)
+
+    def follow_links(self) -> list[str]:
+        """Give each link the place of the file that it leads to; the names of those that lead to none."""
+        lost = []
+        for name, target in self.links.items():
+            passed = {name}
+            while target in self.links and target not in passed:
+                passed.add(target)
+                target = self.links[target]
+            if target in self.files:
+                self.files[name] = self.files[target]
+            else:
+                lost.append(name)
+        return lost
+
+
+def _is_hidden_path(name: str) -> bool:
+    return any(is_hidden(part) for part in name.split("/"))
 
 
 def _plain(name: str) -> str:

@@ -12,6 +12,7 @@ import errno
 import hashlib
 import json
 import os
+import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields
@@ -110,6 +111,17 @@ def shard_paths(path: Path, count: int) -> list[Path]:
     if count == 1:
         return [path]
     return [path.with_name(f"{path.stem}.shard-{i:05d}-of-{count:05d}{path.suffix}") for i in range(count)]
+
+
+def leftovers(path: Path) -> list[Path]:
+    """Files that a process left which was killed in `create_cache`, where `path` itself is not there: parts without
+    the file that joins them, and files that were being made.
+    """
+    if path.exists() or not path.parent.is_dir():
+        return []
+    part = rf"{re.escape(path.stem)}\.shard-\d{{5,}}-of-\d{{5,}}{re.escape(path.suffix)}"
+    being_made = rf"\.({re.escape(path.name)}|{part})\.\d+\.tmp"
+    return [file for file in path.parent.iterdir() if re.fullmatch(f"{part}|{being_made}", file.name)]
 
 
 def shard_bounds(num_samples: int, count: int, unit: int = 1) -> list[tuple[int, int]]:
@@ -227,13 +239,7 @@ class CacheFile:
                 f"'{self.path}' has format version {version}; this program reads version {FORMAT_VERSION}.",
                 "Make the cache anew, or use the version of xar that made it.",
             )
-        values = {field.name: file.attrs[field.name] for field in fields(CacheLayout)}
-        values["grid"] = tuple(int(side) for side in values["grid"])
-        values["image_size"] = square_or_pair(np.asarray(values["image_size"]).tolist())
-        for name in ("num_samples", "latent_channels", "image_channels"):
-            values[name] = int(values[name])
-        values["flip"], values["latent_scale"] = bool(values["flip"]), float(values["latent_scale"])
-        self.layout = CacheLayout(**values)
+        self.layout = _read_layout(file)
         for name in self.layout.moments_names:
             expected = (self.layout.num_samples, *self.layout.row_shape)
             if file[name].shape != expected:
@@ -248,10 +254,10 @@ class CacheFile:
         self.class_names = tuple(_text(name) for name in file["class_names"][:])
         self.class_titles = tuple(_text(name) for name in file["class_titles"][:])
 
-    def names(self) -> list[bytes]:
-        """The name of every image, as the bytes of the file system."""
+    def names(self) -> list[bytes] | None:
+        """The name of every image, as the bytes of the file system; None in files by others."""
         with open_hdf5(self.path) as file:
-            return list(file["names"][:])
+            return list(file["names"][:]) if "names" in file else None
 
     def rounding(self) -> np.ndarray:
         """What storing cost each row: float32 (N, 2), root mean square and largest error of the stored
@@ -328,6 +334,16 @@ def create_contiguous(file: h5py.File, name: str, shape: tuple[int, ...], dtype:
     )
 
 
+def _read_layout(file: h5py.File) -> CacheLayout:
+    values = {field.name: file.attrs[field.name] for field in fields(CacheLayout)}
+    values["grid"] = tuple(int(side) for side in values["grid"])
+    values["image_size"] = square_or_pair(np.asarray(values["image_size"]).tolist())
+    for name in ("num_samples", "latent_channels", "image_channels"):
+        values[name] = int(values[name])
+    values["flip"], values["latent_scale"] = bool(values["flip"]), float(values["latent_scale"])
+    return CacheLayout(**values)
+
+
 def _find_shards(path: Path, file: h5py.File, layout: CacheLayout) -> list[Shard]:
     """Where the rows of each dataset lie as plain bytes; empty if they do not (chunked, compressed, foreign
     byte order).
@@ -343,7 +359,7 @@ def _find_shards(path: Path, file: h5py.File, layout: CacheLayout) -> list[Shard
         from_start = part_space.get_select_type() == h5py.h5s.SEL_ALL or not any(part_space.get_select_bounds()[0])
         if source.dset_name != "moments" or not from_start:
             return []  # joined by someone else, in another way
-        shard_path = path.parent / source.file_name
+        shard_path = path.resolve().parent / source.file_name
         if not shard_path.is_file():
             raise UserError(
                 f"The latent cache '{path}' lacks its part '{source.file_name}'.",
@@ -351,7 +367,14 @@ def _find_shards(path: Path, file: h5py.File, layout: CacheLayout) -> list[Shard
             )
         with open_hdf5(shard_path) as part:
             shard = _plain_shard(shard_path, part, int(start), layout)
-        if shard is None or shard.stop != last + 1:
+            if shard is None:
+                return []
+            if _read_layout(part) != layout or part.attrs["first_row"] != start:
+                raise UserError(
+                    f"'{shard_path}' belongs to another latent cache than '{path}', or holds other rows of it.",
+                    "Put the part there that was made with it, or make the cache anew.",
+                )
+        if shard.stop != last + 1:
             return []
         shards.append(shard)
     return sorted(shards, key=lambda shard: shard.start)

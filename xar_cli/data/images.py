@@ -6,6 +6,7 @@ folders are read by archives.py, which shares the decoding.
 
 from __future__ import annotations
 
+import errno
 import io
 import os
 import warnings
@@ -14,7 +15,7 @@ from pathlib import Path
 from typing import BinaryIO, Protocol
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import ExifTags, Image
 
 from xar_cli.config.schema import Sides, height_and_width
 from xar_cli.errors import UserError
@@ -22,9 +23,30 @@ from xar_cli.logs import log
 
 CROP_RULE = "adm-centre"  # name of the rule in `centre_crop`, written into every cache
 IMAGE_SUFFIXES = frozenset(
-    (".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm")
+    (".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm", ".pbm", ".pnm")
 )
 MAX_PIXELS = 178_956_970  # decoded or resized; where Pillow too calls an image a decompression bomb
+_FAULTS_OF_A_FILE = frozenset(
+    (
+        errno.ENOENT,
+        errno.EACCES,
+        errno.EPERM,
+        errno.EISDIR,
+        errno.ENOTDIR,
+        errno.ELOOP,
+        errno.ENAMETOOLONG,
+        errno.EINVAL,  # a damaged file sends its decoder to a place before its first byte
+    )
+)
+_TURNS = {  # of EXIF's orientations; 1 is upright
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
 _SIXTEEN_BIT_MODES = ("I", "I;16", "I;16B", "I;16L", "I;16N")
 
 # Set once, since warning filters are shared by all threads: the checks below decide what is too large.
@@ -41,6 +63,20 @@ class BadImageError(UserError):
 
     def __reduce__(self) -> tuple[type, tuple[str, str]]:  # type: ignore[override]
         return type(self), (self.name, self.reason)
+
+
+def read_failure(name: str, error: Exception) -> UserError:
+    """What a failure to read a file means: a BadImageError; or a UserError that ends the work (exit code 1), where
+    the disk, the network or the memory failed, which says nothing of the file.
+    """
+    number = error.errno if isinstance(error, OSError) else None  # Pillow's own OSErrors have none
+    if isinstance(error, MemoryError) or (number is not None and number not in _FAULTS_OF_A_FILE):
+        return UserError(
+            f"Reading '{printable(name)}' failed: {_reason(error)}.",
+            "That is the machine, not the file: mend it; the same command goes on from what is stored.",
+            exit_code=1,
+        )
+    return BadImageError(name, _reason(error))
 
 
 class ImageSource(Protocol):
@@ -71,7 +107,7 @@ class ImageFolder:
     Images right in the folder count only where no subfolder holds images: then there are no classes. Links to
     folders are followed. Hidden files and folders are left out.
 
-    Attributes as in `ImageSource`; `paths` holds the full path of every image.
+    Attributes as in `ImageSource`.
 
     Raises:
         UserError: no such folder, no images in it, a class without images, a folder that cannot be read, or a
@@ -81,11 +117,6 @@ class ImageFolder:
     def __init__(self, root: str | Path) -> None:
         self.root = Path(root)
         self.class_names, self.names, self.labels = list_classes(self.root)
-
-    @property
-    def paths(self) -> list[Path]:
-        """Full path of every image, in order."""
-        return [self.root / name for name in self.names]
 
     def __len__(self) -> int:
         """Number of images."""
@@ -179,12 +210,13 @@ def load_image(path: str | Path, image_size: Sides, image_channels: int = 3) -> 
 
     Raises:
         BadImageError: missing, unreadable, truncated, not an image, or too large to be one.
+        UserError: the machine failed (`read_failure`).
     """
     try:
         with open(path, "rb") as file:
             return decode_image(file, str(path), image_size, image_channels)
-    except OSError as error:
-        raise BadImageError(str(path), error.strerror or str(error)) from None
+    except (OSError, MemoryError) as error:
+        raise read_failure(str(path), error) from None
 
 
 def decode_image(file: BinaryIO | bytes, name: str, image_size: Sides, image_channels: int = 3) -> np.ndarray:
@@ -193,10 +225,9 @@ def decode_image(file: BinaryIO | bytes, name: str, image_size: Sides, image_cha
     try:
         with Image.open(stream) as image:
             _refuse_bomb(image.size)
-            image = centre_crop(_to_eight_bits(image, image_channels), image_size)
+            pixels = np.asarray(centre_crop(_to_eight_bits(image, image_channels), image_size))
     except Exception as error:  # damaged files make Pillow's decoders raise nearly anything
-        raise BadImageError(name, _reason(error)) from None
-    pixels = np.asarray(image)
+        raise read_failure(name, error) from None
     return pixels[None] if image_channels == 1 else np.ascontiguousarray(pixels.transpose(2, 0, 1))
 
 
@@ -232,7 +263,7 @@ def _to_eight_bits(image: Image.Image, image_channels: int) -> Image.Image:
     """The image upright, in mode RGB or L. Transparency is dropped, as ADM drops it; of 16 bits the upper 8
     are kept.
     """
-    image = ImageOps.exif_transpose(image)
+    image = _upright(image)
     if image.mode in _SIXTEEN_BIT_MODES:
         values = np.asarray(image)
         image = Image.fromarray((np.clip(values, 0, 65535).astype(np.uint16) >> 8).astype(np.uint8))
@@ -241,13 +272,26 @@ def _to_eight_bits(image: Image.Image, image_channels: int) -> Image.Image:
     return image.convert("L" if image_channels == 1 else "RGB")
 
 
+def _upright(image: Image.Image) -> Image.Image:
+    """The image turned as its EXIF data says. Pillow's exif_transpose also writes those data anew, and fails at any odd
+    entry of a sound photograph.
+    """
+    image.load()  # TIFF files are turned by this
+    turn = _TURNS.get(image.getexif().get(ExifTags.Base.Orientation, 1))
+    return image if turn is None else image.transpose(turn)
+
+
 def _refuse_bomb(size: tuple[int, int]) -> None:
     if size[0] * size[1] > MAX_PIXELS:
         raise ValueError(f"{size[0]} x {size[1]} pixels are more than any photograph has")
 
 
 def _reason(error: Exception) -> str:
-    """Why an image failed, without the object addresses that Pillow puts into its messages."""
+    """Why a file failed, without the object addresses that Pillow puts into its messages."""
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror
+    if isinstance(error, MemoryError):
+        return "the memory does not suffice"
     if isinstance(error, Image.UnidentifiedImageError):
         return "it is not an image, or it is damaged from its first bytes on"
     text = " ".join(str(error).split()) or type(error).__name__

@@ -56,6 +56,7 @@ class LatentWriter:
 
         Raises:
             ValueError: a shape that does not fit the cache.
+            UserError: finite values that the cache's dtype cannot hold.
             OSError: the disk is full or gone.
         """
         both = [moments] if moments_flip is None else [moments, moments_flip]
@@ -67,7 +68,15 @@ class LatentWriter:
             self._write_row(row, [m[i] for m in both])
 
     def mark_bad(self, row: int) -> None:
-        """Set a row aside as unusable; it counts after the next `commit`."""
+        """Set a row that is not WRITTEN aside as unusable; it counts after the next `commit`.
+
+        Whatever a process that died has left in it goes, so that equal caches are equal files.
+        """
+        nothing = np.zeros(self.layout.row_shape, self.layout.dtype)
+        for name in self.layout.moments_names:
+            self._put(row, name, nothing)
+        self._put(row, "checksums", np.uint32(0))
+        self._put(row, "rounding", np.zeros(2, np.float32))
         self._pending.append((row, BAD))
 
     def commit(self) -> None:
@@ -103,9 +112,15 @@ class LatentWriter:
     def _write_row(self, row: int, exact: list[np.ndarray]) -> None:
         checksum, squares, largest = 0, 0.0, 0.0
         for name, values in zip(self.layout.moments_names, exact, strict=True):
-            with np.errstate(over="ignore", invalid="ignore"):  # beyond float16 lies Inf: `verify` finds it
+            with np.errstate(over="ignore", invalid="ignore"):  # beyond float16 lies Inf
                 stored = np.ascontiguousarray(values, self.layout.dtype)
                 difference = stored.astype(np.float32) - values
+            if not np.isfinite(stored).all() and np.isfinite(values).all():
+                raise UserError(
+                    f"Moments of image {row} reach {np.abs(values).max():.3g}, which {self.layout.dtype} cannot hold.",
+                    "Make another cache with --dtype float32.",
+                    exit_code=1,
+                )
             self._put(row, name, stored)
             checksum = zlib.crc32(stored.data, checksum)
             squares += float(np.mean(np.square(difference)))
@@ -238,6 +253,11 @@ def check_layout(path: Path, layout: CacheLayout, num_classes: int, config: Conf
                 f"({want}).",
                 f"Make a cache with `xar cache-latents --recipe {config.name}`, or choose the recipe it was made with.",
             )
+    if config.data.mirror and not layout.flip:
+        raise UserError(
+            f"The recipe '{config.name}' trains on mirror images too, and the cache holds none.",
+            "Make the cache with --flip encode, or train with --set data.mirror=false.",
+        )
     if config.data.num_classes not in (0, num_classes):
         raise UserError(
             f"The latent cache '{path}' has {num_classes} classes, recipe '{config.name}' has "

@@ -112,5 +112,5 @@ class MemoryCopy:
                 data = os.pread(file.fileno(), min(count, _BLOCK), source)
                 if not data:
                     raise OSError(f"{shard.path}: the file has become shorter while it was being read")
-                os.pwrite(self._descriptor, data, target)
-                source, target, count = source + len(data), target + len(data), count - len(data)
+                done = os.pwrite(self._descriptor, data, target)  # maybe not all of it
+                source, target, count = source + done, target + done, count - done

@@ -38,11 +38,6 @@ FREE_SECTIONS = ("published", "sample", "evaluate")  # read by other stages, whi
 def check_cache(reader: LatentReader, config: Config) -> None:
     """Raise a UserError where a latent cache does not fit the recipe."""
     reader.check_matches(config)
-    if config.data.mirror and not reader.flip:
-        raise UserError(
-            f"The recipe '{config.name}' trains on mirror images too, and the cache holds none.",
-            "Make the cache with --flip encode, or train with --set data.mirror=false.",
-        )
 
 
 @contextmanager

@@ -1,5 +1,9 @@
 """What rows are made from: MAR's cache, archives, a tokenizer of one's own."""
 
+import time
+import zipfile
+from concurrent.futures import ThreadPoolExecutor
+
 import numpy as np
 import pytest
 import torch
@@ -8,6 +12,7 @@ from tests.caches import make_images, pixel_recipe
 from xar_cli.cache import cache_latents
 from xar_cli.cache.jobs import ConvertMar, EncodeImages, open_images
 from xar_cli.config import load_recipe
+from xar_cli.data.images import BadImageError
 from xar_cli.data.latents import LatentReader
 from xar_cli.errors import UserError
 from xar_cli.tokenizer import Codec
@@ -61,11 +66,65 @@ def test_a_damaged_file_of_mar_is_bad(mar, tmp_path):
     assert cache_latents(root, tmp_path / "x.h5", BASE, device="cpu", from_mar=True, max_bad=1).num_bad == 1
 
 
+def test_a_file_of_mar_with_nan_is_bad_and_not_the_tokenizer(mar, tmp_path):
+    root, _ = mar
+    for name in ("moments", "moments_flip"):
+        values = {key: np.zeros(SHAPE, np.float32) for key in ("moments", "moments_flip")}
+        values[name][3, 4, 5] = np.nan
+        np.savez(root / "n01443537" / "n01443537_1.JPEG.npz", **values)
+        with pytest.raises(UserError, match=r"n01443537_1.*not finite"):
+            cache_latents(root, tmp_path / "x.h5", BASE, device="cpu", from_mar=True)
+    assert cache_latents(root, tmp_path / "x.h5", BASE, device="cpu", from_mar=True, max_bad=1).num_bad == 1
+
+
+@pytest.mark.parametrize("method", [zipfile.ZIP_DEFLATED, zipfile.ZIP_LZMA])
+def test_a_cache_of_mar_may_begin_with_a_damaged_file(mar, tmp_path, method):
+    root, stored = mar
+    path = root / next(iter(stored))
+    with zipfile.ZipFile(path, "w", method) as archive:
+        archive.writestr("moments.npy", bytes(1000))
+    data = bytearray(path.read_bytes())
+    data[45:55] = b"\xff" * 10  # where the compressed data begins
+    path.write_bytes(data)
+    summary = cache_latents(root, tmp_path / "x.h5", BASE, device="cpu", from_mar=True, max_bad=None)
+    assert (summary.num_samples, summary.num_bad) == (5, 1)
+
+
+def test_threads_read_headers_one_at_a_time(mar, monkeypatch):
+    job, real, inside, most = ConvertMar(mar[0], SHAPE, flip=True), np.lib.format.read_array_header_1_0, [], []
+
+    def read_header(file):
+        inside.append(1)
+        most.append(len(inside))
+        time.sleep(0.01)
+        inside.pop()
+        return real(file)
+
+    monkeypatch.setattr(np.lib.format, "read_array_header_1_0", read_header)
+    with ThreadPoolExecutor(4) as pool:
+        loaded = list(pool.map(job.load, range(6)))
+    assert max(most) == 1
+    assert np.array_equal(np.stack(loaded), np.stack(list(mar[1].values())))
+
+
+def test_a_header_that_is_no_python_is_a_bad_file_of_mar(mar):
+    root, stored = mar
+    path = root / next(iter(stored))
+    data = path.read_bytes()
+    path.write_bytes(
+        data.replace(b"{'descr': '<f4', 'fortran_order': False", b"{'descr': '<f4', 'fortran_order': (((((")
+    )
+    job = ConvertMar(root, SHAPE, flip=True)
+    with pytest.raises(BadImageError):
+        job.load(0)
+
+
 def test_what_is_no_cache_of_mar_is_refused(mar, tmp_path):
     with pytest.raises(UserError, match="fits the recipe"):
         ConvertMar(mar[0], (32, 32, 32), flip=True)
-    np.savez(mar[0] / "n01440764" / "a.npz", other=np.zeros(3))
-    with pytest.raises(UserError, match="'moments"):
+    for name in mar[1]:
+        np.savez(mar[0] / name, other=np.zeros(3))
+    with pytest.raises(UserError, match=r"no item named 'moments\.npy'"):
         ConvertMar(mar[0], SHAPE, flip=True)
     with pytest.raises(UserError, match="no files of MAR's cache"):
         ConvertMar(make_images(tmp_path / "images"), SHAPE, flip=True)

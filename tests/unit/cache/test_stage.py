@@ -1,6 +1,8 @@
 """The cache stage in this process: made, resumed, refused."""
 
+import errno
 import json
+import os
 
 import numpy as np
 import pytest
@@ -10,6 +12,7 @@ from tests.caches import make_images, pixel_recipe
 from xar_cli.cache import CacheSettings, cache_latents
 from xar_cli.cache import pipeline as pipeline_module
 from xar_cli.cache.stage import plan_cache
+from xar_cli.data import images as images_module
 from xar_cli.data.cache_file import CacheFile
 from xar_cli.data.latents import LatentReader, LatentWriter
 from xar_cli.errors import UserError
@@ -99,6 +102,49 @@ def test_bad_images_are_left_out_when_allowed(images, tmp_path):
     again = make(images, tmp_path / "latents.h5", max_bad=1)
     assert (again.num_encoded, again.num_bad, again.content_hash) == (1, 0, whole.content_hash)
     assert not (tmp_path / "latents.h5.bad.jsonl").exists()
+
+
+def test_images_that_are_stored_stay_stored_when_they_become_unreadable(images, tmp_path):
+    (images / "class-2" / "003.png").write_bytes(b"")
+    first = make(images, tmp_path / "latents.h5", batch_size=27, max_bad=1)
+    before = (tmp_path / "latents.h5").read_bytes()
+    (images / "class-0" / "005.png").write_bytes(b"")
+    again = make(images, tmp_path / "latents.h5", batch_size=27, max_bad=1)
+    assert (again.num_samples, again.num_bad, again.content_hash) == (26, 1, first.content_hash)
+    assert (tmp_path / "latents.h5").read_bytes() == before
+
+
+@pytest.mark.parametrize("failure", [OSError(errno.ESTALE, os.strerror(errno.ESTALE)), MemoryError()])
+def test_a_machine_that_cannot_read_ends_the_work_and_sets_nothing_aside(images, tmp_path, monkeypatch, failure):
+    out = tmp_path / "latents.h5"
+    make(images, tmp_path / "whole.h5")
+
+    def fail_late(path, *_):
+        if "class-2" in str(path):
+            raise failure
+        return open(path, "rb")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(images_module, "open", fail_late, raising=False)
+        with pytest.raises(UserError, match=r"Stale file handle|memory does not suffice") as caught:
+            make(images, out, max_bad=None)
+    assert caught.value.exit_code == 1
+    states = CacheFile(out).states
+    assert (states[:16] == 1).all()
+    assert not (states == 2).any()
+    make(images, out)
+    assert out.read_bytes() == (tmp_path / "whole.h5").read_bytes()
+
+
+def test_a_bad_image_leaves_no_trace_of_the_sound_one_that_it_was(images, tmp_path):
+    out, row = tmp_path / "latents.h5", 21
+    make(images, out)
+    with LatentWriter(out) as writer:  # a run that died after the data and before the state
+        writer._put(row, "written", np.uint8(0))
+    (images / "class-2" / "003.png").write_bytes(b"")
+    make(images, out, max_bad=1)
+    make(images, tmp_path / "whole.h5", max_bad=1)
+    assert out.read_bytes() == (tmp_path / "whole.h5").read_bytes()
 
 
 def test_a_wrong_class_count_says_what_to_set(images, tmp_path):

@@ -35,6 +35,7 @@ def pack(folder, path, inside=""):
                 archive.write(file, inside + file.relative_to(folder).as_posix())
     else:
         with tarfile.open(path, "w") as archive:
+            archive.add(folder, inside or ".", recursive=False)
             for file in files:
                 archive.add(file, inside + file.relative_to(folder).as_posix())
     return path
@@ -66,19 +67,92 @@ def test_a_tar_of_tars_has_a_class_per_tar(folder, tmp_path):
     assert np.array_equal(archive.load(1, 8, 3), ImageFolder(folder).load(2, 8, 3))
 
 
+def test_rubble_beside_the_inner_tars_is_passed_over(folder, tmp_path):
+    with tarfile.open(tmp_path / "train.tar", "w") as outer:
+        rubble = tarfile.TarInfo("./._cat.tar")
+        rubble.size = 300
+        outer.addfile(rubble, io.BytesIO(bytes(range(100)) * 3))
+        buffer = io.BytesIO()
+        with tarfile.open(fileobj=buffer, mode="w") as inner:
+            inner.add(folder / "cat" / "1.png", "1.png")
+        member = tarfile.TarInfo("./cat.tar")
+        member.size = buffer.tell()
+        buffer.seek(0)
+        outer.addfile(member, buffer)
+    assert open_archive(tmp_path / "train.tar").names == ["cat/1.png"]
+
+
+def link(folder, target, name):
+    """A symbolic link as an archive member."""
+    (folder / name).parent.mkdir(exist_ok=True)
+    (folder / name).symlink_to(target)
+
+
+def test_links_in_a_tar_are_the_files_that_they_lead_to(folder, tmp_path):
+    os.link(folder / "cat" / "1.png", folder / "dog" / "hard.png")
+    link(folder, "../cat/deep/2.png", "dog/soft.png")
+    link(folder, "soft.png", "dog/twice.png")
+    link(folder, "../dog/hard.png", "elk/both.png")
+    archive, plain = open_archive(pack(folder, tmp_path / "x.tar", "./")), ImageFolder(folder)
+    assert len(archive) == 7
+    assert (archive.class_names, archive.names) == (plain.class_names, plain.names)
+    for i in range(len(plain)):
+        assert np.array_equal(archive.load(i, 8, 3), plain.load(i, 8, 3))
+
+
+@pytest.mark.parametrize("target", ["/nowhere/1.png", "../../1.png", "missing.png", "../cat"])
+def test_links_out_of_a_tar_are_refused(folder, tmp_path, target):
+    with tarfile.open(pack(folder, tmp_path / "x.tar"), "a") as archive:
+        for name in ("dog/a.png", "dog/b.png", "dog/._c.png"):
+            member = tarfile.TarInfo(name)
+            member.type, member.linkname = tarfile.SYMTYPE, target
+            archive.addfile(member)
+    with pytest.raises(UserError, match=r"2 links of .*dog/a\.png"):
+        open_archive(tmp_path / "x.tar")
+
+
+def test_a_circle_of_links_is_refused(folder, tmp_path):
+    with tarfile.open(pack(folder, tmp_path / "x.tar"), "a") as archive:
+        for name, target in (("dog/a.png", "b.png"), ("dog/b.png", "a.png")):
+            member = tarfile.TarInfo(name)
+            member.type, member.linkname = tarfile.SYMTYPE, target
+            archive.addfile(member)
+    with pytest.raises(UserError, match="2 links"):
+        open_archive(tmp_path / "x.tar")
+
+
+@pytest.mark.parametrize("suffix", ["tar", "zip"])
+@pytest.mark.parametrize("inside", ["", "train/"])
+@pytest.mark.parametrize("only", ["nothing", "notes.txt"])
+def test_a_class_without_images_is_refused_as_in_a_folder(folder, tmp_path, suffix, inside, only):
+    path = pack(folder, tmp_path / f"x.{suffix}", inside)
+    (tmp_path / "cow").mkdir()
+    (tmp_path / "cow" / "notes.txt").write_text("moo")
+    file, name = ("cow", "cow") if only == "nothing" else ("cow/notes.txt", "cow/notes.txt")
+    if suffix == "zip":
+        with zipfile.ZipFile(path, "a") as archive:
+            archive.write(tmp_path / file, inside + name)
+    else:
+        with tarfile.open(path, "a") as archive:
+            archive.add(tmp_path / file, inside + name, recursive=False)
+    with pytest.raises(UserError, match=r"1 class folders of .* hold no images: 'cow'"):
+        open_archive(path)
+
+
 def test_which_paths_are_archives(tmp_path):
-    for name in ("a.tar", "a.zip", "a.tar.gz", "a.png"):
+    for name in ("a.tar", "a.zip", "a.tar.gz", "a.tgz", "a.png"):
         (tmp_path / name).write_bytes(b"")
     (tmp_path / "folder.tar").mkdir()
-    found = [is_archive(tmp_path / name) for name in ("a.tar", "a.zip", "a.tar.gz", "a.png", "folder.tar", "b.tar")]
-    assert found == [True, True, True, False, False, False]
+    names = ("a.tar", "a.zip", "a.tar.gz", "a.tgz", "a.png", "folder.tar", "b.tar")
+    assert [is_archive(tmp_path / name) for name in names] == [True, True, True, True, False, False, False]
 
 
-def test_a_compressed_tar_is_refused(folder, tmp_path):
-    with tarfile.open(tmp_path / "x.tar.gz", "w:gz") as archive:
+@pytest.mark.parametrize("name", ["x.tar.gz", "x.tgz"])
+def test_a_compressed_tar_is_refused(folder, tmp_path, name):
+    with tarfile.open(tmp_path / name, "w:gz") as archive:
         archive.add(folder, "")
     with pytest.raises(UserError, match="uncompressed tar"):
-        open_archive(tmp_path / "x.tar.gz")
+        open_archive(tmp_path / name)
 
 
 @pytest.mark.parametrize("suffix", ["tar", "zip"])

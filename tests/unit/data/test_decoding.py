@@ -9,7 +9,7 @@ import zlib
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, ImageOps
 
 from xar_cli.data.images import BadImageError, decode_image, load_image
 
@@ -77,6 +77,27 @@ def test_cmyk_is_converted():
 def test_sixteen_bits_keep_the_upper_eight(kind):
     deep = RAMP.astype(np.uint16) * 256 + 255  # a plain 8-bit conversion would clip all but the first to 255
     assert np.array_equal(decode(encoded(Image.fromarray(deep), kind), channels=1), RAMP[None])
+
+
+@pytest.mark.parametrize("orientation", range(10))  # 1 to 8 are defined
+@pytest.mark.parametrize("kind", ["PNG", "TIFF"])
+def test_every_exif_orientation_is_as_pillow_turns_it(orientation, kind):
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    data = encoded(Image.fromarray(RGB), kind, exif=exif)
+    with Image.open(io.BytesIO(data)) as image:
+        upright = np.asarray(ImageOps.exif_transpose(image))
+    assert np.array_equal(decode(data), upright.transpose(2, 0, 1))
+
+
+def test_an_odd_exif_entry_makes_no_bad_image():
+    exif = Image.Exif()
+    exif[0x0112], exif[0x010F] = 6, "Canon"
+    entries = bytearray(exif.tobytes())
+    entries[17] = 0  # the maker's tag becomes one that is text where a number belongs
+    image = Image.fromarray(np.dstack([RAMP // 16 * 16] * 3))
+    turned = decode(encoded(image, "JPEG", quality=95, exif=bytes(entries)))
+    assert np.array_equal(turned, np.rot90(decode(encoded(image, "JPEG", quality=95)), -1, axes=(1, 2)))
 
 
 @pytest.mark.parametrize(("orientation", "turn"), [(1, 0), (3, 2), (6, -1), (8, 1)])

@@ -32,7 +32,14 @@ def test_classes_and_files_come_sorted_and_nested(tmp_path):
     assert folder.names == ["a/deep/er/x.jpg", "a/z.webp", "b/1.PNG", "b/2.png"]
     assert folder.labels.tolist() == [0, 0, 1, 1]
     assert folder.labels.dtype == np.int64
-    assert folder.paths[2] == tmp_path / "b" / "1.PNG"
+
+
+def test_files_of_every_pnm_kind_are_found_and_read(tmp_path):
+    for name, mode in (("a.pbm", "1"), ("b.pgm", "L"), ("c.pnm", "L"), ("d.ppm", "RGB")):
+        save(tmp_path / name, mode=mode)
+    folder = ImageFolder(tmp_path)
+    assert folder.names == ["a.pbm", "b.pgm", "c.pnm", "d.ppm"]
+    assert [folder.load(i, 8, 3).shape for i in range(4)] == [(3, 8, 8)] * 4
 
 
 def test_images_without_class_folders_have_no_classes(tmp_path):

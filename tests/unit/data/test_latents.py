@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from tests.caches import LABELS, N, make_cache, make_layout, make_moments, pixel_recipe
+from xar_cli.cache.stage import cache_lock
 from xar_cli.config import load_recipe
 from xar_cli.data import cache_file, latents
 from xar_cli.data.cache_file import CacheFile, hash_source, shard_bounds
@@ -50,8 +51,35 @@ def test_opens_whole_in_any_hdf5_program(cache):
         assert file.attrs["format_version"] == 1
 
 
+def test_values_beyond_float16_are_refused_and_float32_is_advised(tmp_path):
+    values = np.full((1, 2, 8, 8), 1e5, np.float32)
+    with LatentWriter(make_cache(tmp_path / "half.h5", finish=False)) as writer:
+        with pytest.raises(UserError, match=r"image 3 reach 1e\+05, which float16 .*--dtype float32"):
+            writer.write(np.array([3]), values, values)
+        writer.commit()
+    assert not CacheFile(tmp_path / "half.h5").states.any()
+    path = make_cache(tmp_path / "full.h5", make_layout(dtype="float32"))
+    with LatentWriter(path) as writer:
+        writer.write(np.array([3]), values, values)
+        writer.commit()
+    assert (LatentReader(path).read(np.array([3]))[0] == 1e5).all()
+
+
+@pytest.mark.parametrize("num_shards", [1, 2])
+def test_a_link_to_a_cache_is_the_cache(tmp_path, num_shards):
+    path = make_cache(tmp_path / "data" / "latents.h5", num_shards=num_shards)
+    (tmp_path / "project").mkdir()
+    link = tmp_path / "project" / "train.h5"
+    link.symlink_to(path)
+    assert np.array_equal(LatentReader(link).read(np.arange(N))[0], LatentReader(path).read(np.arange(N))[0])
+    with cache_lock(path) as lock:
+        lock.take()
+        with cache_lock(link) as second, pytest.raises(UserError, match="is being written by"):
+            second.take()
+
+
 def test_a_square_cache_says_one_side_as_it_always_did(tmp_path):
-    path = make_cache(tmp_path / "latents.h5")
+    path = make_cache(tmp_path / "latents.h5", make_layout(source="abc"))
     with h5py.File(path) as file:
         assert (file.attrs["image_size"].shape, file.attrs["image_size"].dtype) == ((), np.int64)
     # The content hash of this cache in version 0.1.0: runs are held to it.

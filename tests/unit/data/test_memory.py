@@ -54,6 +54,12 @@ def test_an_unfinished_copy_is_made_again(cache, shared):
     assert np.array_equal(LatentReader(cache, in_memory=True).read(np.arange(N))[0], EXPECTED[0])
 
 
+def test_writes_that_come_in_pieces_make_a_whole_copy(cache, shared, monkeypatch):
+    pwrite = os.pwrite
+    monkeypatch.setattr(os, "pwrite", lambda descriptor, data, place: pwrite(descriptor, data[:1000], place))
+    assert np.array_equal(LatentReader(cache, in_memory=True).read(np.arange(N))[0], EXPECTED[0])
+
+
 def _read_in_child(reader, queue):
     queue.put(reader.read(np.arange(N))[0])
 
