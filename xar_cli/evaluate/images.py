@@ -33,7 +33,7 @@ class ImageSet(ABC):
     """Some images in a fixed order.
 
     Attributes:
-        name: what a person calls them: a path, mostly.
+        name: what a person calls them: a path, mostly; text that any file takes, as the class names are.
         labels: (N,) int64 class of each image, or None where nobody says.
         class_names: name of each class, or None.
         manifest: what `xar sample` wrote beside the images; None for real images.
@@ -88,7 +88,7 @@ class FolderImages(ImageSet):
     """
 
     def __init__(self, root: Path, image_size: Sides | None = None) -> None:
-        self.root, self.name, self.image_size = root, str(root), image_size
+        self.root, self.name, self.image_size = root, printable(str(root)), image_size
         paths = (path for path in root.rglob("*") if path.suffix.lower() in IMAGE_SUFFIXES)
         self.files = sorted((path for path in paths if not any(map(is_hidden, path.relative_to(root).parts))), key=str)
         self.manifest = _read_manifest(root)
@@ -97,7 +97,7 @@ class FolderImages(ImageSet):
         elif all(path.parent != root for path in self.files):
             names = [path.relative_to(root).parts[0] for path in self.files]
             classes, labels = np.unique(names, return_inverse=True)
-            self.class_names, self.labels = classes.tolist(), labels.astype(np.int64)
+            self.class_names, self.labels = [printable(name) for name in classes.tolist()], labels.astype(np.int64)
 
     def _label_by_manifest(self, manifest: Mapping[str, Any]) -> None:
         self.files = [path for path in self.files if path.parent == self.root and path.stem.isdigit()]
@@ -308,7 +308,7 @@ def _open_npz(path: Path) -> ImageSet:
     if "arr_0" not in arrays:
         kind = "It holds statistics: give it as --reference." if "mu" in arrays else "Give an ADM sample batch."
         raise UserError(f"'{path}' holds no images (no array 'arr_0').", kind)
-    images = ArrayImages(arrays["arr_0"], str(path), arrays.get("arr_1"))
+    images = ArrayImages(arrays["arr_0"], printable(str(path)), arrays.get("arr_1"))
     images.adopt(manifest_of_npz(path, arrays))
     return images
 
@@ -335,7 +335,7 @@ def _open_hdf5(path: Path) -> ImageSet:
             f"'{path}' holds no dataset 'images' (it has: {', '.join(file)}).",
             "A latent cache holds no images: give the folder that it was made from.",
         )
-    images = ArrayImages(file["images"], str(path), file["labels"][:] if "labels" in file else None)
+    images = ArrayImages(file["images"], printable(str(path)), file["labels"][:] if "labels" in file else None)
     try:
         manifest = json.loads(file.attrs.get(MANIFEST_ATTRIBUTE, "null"))
     except (ValueError, TypeError):  # another program's attribute
