@@ -20,7 +20,7 @@ from xar_cli.distributed import Ranks, process_group
 from xar_cli.errors import UserError
 from xar_cli.evaluate import Settings, evaluate, identify_inputs
 from xar_cli.evaluate.images import GeneratedImages
-from xar_cli.evaluate.protocols import pick_protocols
+from xar_cli.evaluate.protocols import pick_protocol, pick_protocols
 from xar_cli.evaluate.reference import open_reference
 from xar_cli.evaluate.report import facts_of_sampling, write_report
 from xar_cli.evaluate.stage import REPORT_BYTES
@@ -105,7 +105,7 @@ def sweep_of_run(settings: SweepSettings) -> dict[str, Any]:
         source = _Source(settings, ranks)
         config = source.sampling.config
         measure = settings.measure.model_copy(update={"batch_size": config.sample.batch_size})
-        protocol = source.protocols[0]
+        protocol = pick_protocol(source.protocols).name
 
         def score(point: Point) -> Score | None:
             if "network" not in vars(source):  # a first batch, so that compiling does not count in the speed

@@ -24,7 +24,7 @@ from xar_cli.evaluate.features import FeatureTable, content_hash_of, extract, sp
 from xar_cli.evaluate.images import ImageSet, open_images
 from xar_cli.evaluate.judge import Judge
 from xar_cli.evaluate.networks import NETWORKS, VGG16, FeatureNetwork, Precision, build_network, require_weights
-from xar_cli.evaluate.protocols import Protocol, pick_protocols
+from xar_cli.evaluate.protocols import Protocol, pick_protocol, pick_protocols
 from xar_cli.evaluate.reference import Reference, open_reference, write_statistics
 from xar_cli.evaluate.results import Evaluation, SetFacts
 from xar_cli.evaluate.weights import Weights
@@ -156,7 +156,7 @@ def make_statistics(
         UserError: as `evaluate`, or the images are generated samples.
     """
     settings = settings or Settings()
-    (wanted,) = pick_protocols(protocol)
+    wanted = pick_protocol(protocol)
     opened = open_reference(images, settings.image_size).images
     if opened is None:
         raise UserError(f"'{images}' holds statistics already.", "Give a folder of images.")

@@ -81,6 +81,21 @@ def pick_protocols(names: str | Sequence[str]) -> list[Protocol]:
     return [PROTOCOLS[name] for name in dict.fromkeys(wanted)]
 
 
+def pick_protocol(names: str | Sequence[str]) -> Protocol:
+    """The one protocol that is named.
+
+    Raises:
+        UserError: there are several, or it is not known.
+    """
+    found = pick_protocols(names)
+    if len(found) > 1:
+        raise UserError(
+            f"One protocol is needed, not {len(found)} ({', '.join(one.name for one in found)}).",
+            "Give one --protocol.",
+        )
+    return found[0]
+
+
 def counted(metric: str, count: int) -> str:
     """A metric's name with its count, without which it compares with nothing.
 
