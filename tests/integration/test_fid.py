@@ -232,8 +232,13 @@ def test_a_sweep_is_not_continued_against_other_images_of_the_same_name(capsys, 
         "fid", "sweep", "--run", run, "--reference", reference, "--guidance-scale", "1", "--num-steps", "2",
         "--count", 20, "--out", tmp_path / "sweep", "--no-feature-cache",
     ]  # fmt: skip
+    (tmp_path / "linked").symlink_to(reference)
     assert xar(capsys, *command)[0] == 0
     identity = json.loads((tmp_path / "sweep" / "sweep.json").read_text())
+    assert "reference" not in identity  # the same images by another path go on, and so does a sweep that told a path
+    (tmp_path / "sweep" / "sweep.json").write_text(json.dumps({**identity, "reference": "elsewhere"}))
+    code, _, err = xar(capsys, *[tmp_path / "linked" if word == reference else word for word in command])
+    assert (code, "1 of 1 points are done" in err) == (0, True)
     assert identity["tokenizer"].startswith("pixels")
     assert len(identity["reference_sha256"]) == len(identity["network_weights"]["digits"]) == 64
     next(reference.rglob("*.png")).unlink()

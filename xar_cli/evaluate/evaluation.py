@@ -70,7 +70,7 @@ class Settings(Section):
 
 def evaluate(
     samples: Path | ImageSet,
-    reference: Path | ImageSet,
+    reference: Path | ImageSet | Reference,
     protocol: str | Sequence[str] = "digits",
     *,
     settings: Settings | None = None,
@@ -83,7 +83,7 @@ def evaluate(
 
     Args:
         samples: folder, ADM `.npz`, HDF5 file, or an opened set.
-        reference: folder, ADM batch, or statistics file.
+        reference: folder, ADM batch, or statistics file, or an opened one.
         protocol: one name, or several.
 
     Returns:
@@ -104,9 +104,10 @@ def evaluate(
     networks: dict[str, FeatureNetwork] = {}
     for name, found in weights.items():
         networks[name] = network = work.network(name, found, len(rows))
-        if name in {one.network for one in wanted}:
-            against.gaussian(network, "pool")  # statistics of another network are refused before any work
+        for layer in dict.fromkeys(layer for one in wanted if one.network == name for layer in one.layers):
+            against.gaussian(network, layer)  # statistics that do not fit are refused before any work
         _check_sizes(_size_of(opened), against, network)
+    for name, network in networks.items():
         tables[name] = work.table(opened, network, rows)
         _require_enough(opened.name, len(tables[name]))
         if against.images is not None:
@@ -123,7 +124,10 @@ def evaluate(
 
 
 def check_inputs(
-    reference: Path | ImageSet, protocol: str | Sequence[str], settings: Settings, image_size: Sides | None = None
+    reference: Path | ImageSet | Reference,
+    protocol: str | Sequence[str],
+    settings: Settings,
+    image_size: Sides | None = None,
 ) -> None:
     """Raise the UserError that `evaluate` would raise before it looks at any sample of this size."""
     _, against, weights = _open_inputs(reference, protocol, settings)
@@ -132,7 +136,7 @@ def check_inputs(
 
 
 def identify_inputs(
-    reference: Path | ImageSet, protocol: str | Sequence[str], settings: Settings, ranks: Ranks
+    reference: Path | ImageSet | Reference, protocol: str | Sequence[str], settings: Settings, ranks: Ranks
 ) -> dict[str, Any]:
     """What numbers depend on beside samples and settings, by content: the reference, and each network's weights.
 
@@ -218,7 +222,7 @@ class _Extraction:
 
 
 def _open_inputs(
-    reference: Path | ImageSet, protocol: str | Sequence[str], settings: Settings
+    reference: Path | ImageSet | Reference, protocol: str | Sequence[str], settings: Settings
 ) -> tuple[list[Protocol], Reference, dict[str, Weights | None]]:
     """All that an evaluation needs beside samples: protocols, reference, weights of the networks."""
     wanted = pick_protocols(protocol)

@@ -32,6 +32,11 @@ class Protocol:
     max_reference: int | None
     description: str
 
+    @property
+    def layers(self) -> tuple[str, ...]:
+        """The layers of its network whose statistics are compared."""
+        return ("pool", "spatial") if SFID in self.metrics else ("pool",)
+
     def networks(self, with_vgg16: bool) -> list[str]:
         """The networks it needs; VGG16 only where its weights are at hand."""
         found = [self.network]

@@ -65,8 +65,8 @@ class Reference:
             found = self.statistics[layer]
             if len(found.mu) != network.layers[layer]:
                 raise UserError(
-                    f"'{self.name}' holds statistics of {len(found.mu)} dimensions where the network gives "
-                    f"{network.layers[layer]}.",
+                    f"'{self.name}' holds statistics (mu{SUFFIX_OF_LAYER[layer]}) of {len(found.mu)} dimensions where "
+                    f"the network gives {network.layers[layer]}.",
                     "Make them again with `xar fid stats` and the same --protocol.",
                 )
             return found
@@ -88,13 +88,15 @@ class Reference:
             )
 
 
-def open_reference(source: Path | ImageSet, image_size: Sides | None = None) -> Reference:
-    """Open a folder of images, an ADM batch, or a statistics file.
+def open_reference(source: Path | ImageSet | Reference, image_size: Sides | None = None) -> Reference:
+    """Open a folder of images, an ADM batch, or a statistics file; one that is open already is returned.
 
     Raises:
         UserError: none of these; samples given as reference; statistics that are not finite, not square, or not
             symmetric.
     """
+    if isinstance(source, Reference):
+        return source
     if isinstance(source, Path) and source.suffix == ".npz" and source.is_file():
         return _open_npz(source)
     images = open_images(source, image_size)

@@ -22,8 +22,9 @@ from xar_cli.config.schema import height_and_width, pixels_text, sides_text
 from xar_cli.errors import UserError
 from xar_cli.evaluate import html, metrics
 from xar_cli.evaluate.evaluation import Settings
-from xar_cli.evaluate.images import FolderImages, ImageSet, open_images
+from xar_cli.evaluate.images import FolderImages, ImageSet
 from xar_cli.evaluate.protocols import PAPER_COUNT
+from xar_cli.evaluate.reference import Reference, open_reference
 from xar_cli.evaluate.results import Evaluation
 from xar_cli.run_dir import write_atomic, write_json
 
@@ -73,7 +74,7 @@ def write_report(
     evaluation: Evaluation,
     made: Mapping[str, Any],
     samples: ImageSet,
-    reference: Path | ImageSet,
+    reference: Path | ImageSet | Reference,
     settings: Settings,
 ) -> dict[str, Path]:
     """Write report.json, report.md and report.html into a folder; returns their paths by kind.
@@ -204,14 +205,14 @@ def sample_strips(samples: ImageSet, evaluation: Evaluation) -> list[Strip]:
 
 
 def neighbour_strips(
-    samples: ImageSet, reference: Path | ImageSet, evaluation: Evaluation, settings: Settings
+    samples: ImageSet, reference: Path | ImageSet | Reference, evaluation: Evaluation, settings: Settings
 ) -> list[Strip]:
     """Some samples, each followed by the real images nearest to it in feature space; none without real images."""
     name = next(iter(evaluation.tables))
-    if name not in evaluation.reference_tables:
+    real = open_reference(reference, settings.image_size).images
+    if name not in evaluation.reference_tables or real is None:
         return []
     table, real_table = evaluation.tables[name], evaluation.reference_tables[name]
-    real = open_images(reference, settings.image_size)
     picked = np.linspace(0, len(table) - 1, min(len(table), SAMPLES_WITH_NEIGHBOURS)).round().astype(int)
     found = metrics.nearest(table.layers["pool"][picked], real_table.layers["pool"], NEIGHBOURS)
     own = _strips(samples, {f"sample {row}": [row] for row in table.rows[picked]})
