@@ -221,7 +221,7 @@ class GeneratedImages(ImageSet):
         keep_features: bool = True,
     ) -> None:
         self.keep_features = keep_features
-        self.name, self.draw, self.identity = name, draw, identity
+        self.name, self.draw, self.identity = printable(name), draw, identity
         self.class_names, self.manifest = class_names, manifest
         self._asked = np.asarray(labels, np.int64)
         self.labels = self._asked if _has_classes(manifest or {}) else None

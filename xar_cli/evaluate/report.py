@@ -84,10 +84,10 @@ def write_report(
     content = report_content(evaluation, made, settings)
     paths = {kind: folder / f"report.{kind}" for kind in ("json", "md", "html")}
     write_json(paths["json"], content)
-    write_atomic(paths["md"], markdown(content))
+    write_atomic(paths["md"], markdown(content).encode(errors="backslashreplace"))  # names may be no UTF-8
     strips = sample_strips(samples, evaluation)
     neighbours = neighbour_strips(samples, reference, evaluation, settings)
-    write_atomic(paths["html"], html.page(content, strips, neighbours))
+    write_atomic(paths["html"], html.page(content, strips, neighbours).encode(errors="backslashreplace"))
     return paths
 
 

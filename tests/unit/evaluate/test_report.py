@@ -236,10 +236,12 @@ def test_names_that_are_no_utf_8_stand_in_the_report(digit_folders, tmp_path) ->
     samples = tmp_path / os.fsdecode(b"digits \xff")
     shutil.copytree(digit_folders[1] / "3", samples / os.fsdecode(b"class \xfe"))
     settings, opened = Settings(error_bars="none"), open_images(samples)
+    opened.manifest = {"weights": os.fsdecode(b"runs/\xfd")}
     found = evaluate(opened, digit_folders[0], "digits", settings=settings)
     paths = write_report(tmp_path / "out", found, facts_of_sampling(opened), opened, digit_folders[0], settings)
     assert "digits \\xff" in paths["md"].read_text()
     assert "class \\xfe" in paths["html"].read_text()
+    assert json.loads(paths["json"].read_text())["samples"]["name"].endswith("digits \\xff")
 
 
 def test_samples_without_a_manifest_or_with_an_old_one_tell_no_cost() -> None:
