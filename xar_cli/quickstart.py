@@ -30,7 +30,9 @@ from xar_cli.train.plan import make_plan
 from xar_cli.train.state import TrainState
 
 RECIPE = "tiny"
-RESULT = "quickstart.json"
+RESULT, GRID = "quickstart.json", "digits.png"  # inside the folder of a quickstart, as are the next four
+RUN, LATENTS, SAMPLES, DIGITS = "run", "latents.h5", "samples", "digits"
+MAX_MINUTES = 10_000
 GRID_COLUMNS = 8  # digits of each class in the picture, generated and real
 SHARE_OF_TRAINING = 0.7  # of the minutes given; sampling and judging need the rest
 CAPTION_PIXELS = 24
@@ -50,10 +52,13 @@ def quickstart(out: Path, seed: int, minutes: float, device: str = "auto") -> di
         What `--json` prints: metrics, yardsticks, seconds, and the paths of everything written.
 
     Raises:
-        UserError: `out` holds a quickstart with another seed; else as the stages raise it.
+        UserError: `out` holds a quickstart with another seed, or `minutes` is no length of time; else as the stages
+            raise it.
     """
+    if not 0 < minutes <= MAX_MINUTES:
+        raise UserError(f"--minutes {minutes:g} is no length of a quickstart.", f"Give up to {MAX_MINUTES}.")
     began = time.monotonic()
-    run, cache, result_file = RunDir(out / "run"), out / "latents.h5", out / RESULT
+    run, cache, result_file = RunDir(out / RUN), out / LATENTS, out / RESULT
     config = load_config_file(run.config) if run.exists() else load_recipe(RECIPE, [f"train.seed={seed}"])
     if config.train.seed != seed:
         raise UserError(
@@ -62,10 +67,10 @@ def quickstart(out: Path, seed: int, minutes: float, device: str = "auto") -> di
         )
     if result_file.exists():
         log.info("'%s' holds a finished quickstart: this is its result. Remove the folder to begin anew.", out)
-        return dict(json.loads(result_file.read_text(encoding="utf-8")))
+        return {**json.loads(result_file.read_text(encoding="utf-8")), "paths": paths_in(out)}
 
     log.info("1/5  digits: real handwritten ones, as two image folders")
-    train_folder, heldout_folder = write_digits(out / "digits")
+    train_folder, heldout_folder = write_digits(out / DIGITS)
 
     log.info("2/5  cache-latents")
     cache_latents(train_folder, cache, config, device=device, flip="encode" if config.data.mirror else "none")
@@ -76,12 +81,11 @@ def quickstart(out: Path, seed: int, minutes: float, device: str = "auto") -> di
     train(TrainSettings(config=config, data=cache, out=run.root, device=device))
 
     log.info("4/5  sample: from the trained network, and from an untrained one for comparison")
-    samples = draw(config, run.root, out / "samples", seed, device)
+    samples = draw(config, run.root, out / SAMPLES, seed, device)
     untrained = draw(
         config, write_untrained(config, out / "untrained.safetensors"), out / "samples-untrained", seed, device
     )
-    grid = out / "digits.png"
-    save_comparison(samples, train_folder, grid)
+    save_comparison(samples, train_folder, out / GRID)
 
     log.info("5/5  fid: judged by a classifier that never saw a generated digit")
     protocol = config.evaluate.protocol
@@ -92,18 +96,24 @@ def quickstart(out: Path, seed: int, minutes: float, device: str = "auto") -> di
         "frechet_floor": evaluate(heldout_folder, train_folder, protocol).frechet_distance,
         "frechet_ceiling": evaluate(untrained, train_folder, protocol).frechet_distance,
         "seconds": time.monotonic() - began,
-        "paths": {
-            "grid": str(grid),
-            "samples": str(samples),
-            "run": str(run.root),
-            "latents": str(cache),
-            "train_images": str(train_folder),
-            "heldout_images": str(heldout_folder),
-            "result": str(result_file),
-        },
+        "paths": paths_in(out),
     }
     write_json(result_file, result)
     return result
+
+
+def paths_in(out: Path) -> dict[str, str]:
+    """What is written into a folder, as that folder is called now."""
+    found = {
+        "grid": out / GRID,
+        "samples": out / SAMPLES,
+        "run": out / RUN,
+        "latents": out / LATENTS,
+        "train_images": out / DIGITS / "train",
+        "heldout_images": out / DIGITS / "heldout",
+        "result": out / RESULT,
+    }
+    return {name: str(path) for name, path in found.items()}
 
 
 def shorten_to_fit(config: Config, cache: Path, device: str, seconds: float) -> Config:

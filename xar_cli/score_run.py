@@ -20,7 +20,7 @@ from xar_cli.distributed import Ranks, process_group
 from xar_cli.errors import UserError
 from xar_cli.evaluate import Settings, evaluate, identify_inputs
 from xar_cli.evaluate.images import GeneratedImages
-from xar_cli.evaluate.protocols import pick_protocols
+from xar_cli.evaluate.protocols import pick_protocol, pick_protocols
 from xar_cli.evaluate.reference import open_reference
 from xar_cli.evaluate.report import facts_of_sampling, write_report
 from xar_cli.evaluate.stage import REPORT_BYTES
@@ -77,7 +77,7 @@ class SweepSettings(RunSettings):
 
 def fid_of_run(settings: RunSettings) -> dict[str, Any]:
     """Draw images of a run, judge them, write the report where one is asked for; returns what `--json` prints."""
-    open_reference(settings.reference, settings.measure.image_size)
+    reference = open_reference(settings.reference, settings.measure.image_size)
     if settings.report is not None:
         require_writable(settings.report, REPORT_BYTES, "the report")
     with process_group(settings.device) as ranks:
@@ -85,12 +85,12 @@ def fid_of_run(settings: RunSettings) -> dict[str, Any]:
         images = source.images(source.sampling)
         made = facts_of_sampling(images)
         measure = settings.measure.model_copy(update={"batch_size": source.sampling.config.sample.batch_size})
-        found = evaluate(images, settings.reference, source.protocols, settings=measure, ranks=ranks)
+        found = evaluate(images, reference, source.protocols, settings=measure, ranks=ranks)
         if not ranks.is_main:
             return {}
         result = found.as_dict()
         if settings.report is not None:
-            paths = write_report(settings.report, found, made, images, settings.reference, measure)
+            paths = write_report(settings.report, found, made, images, reference, measure)
             result["report"] = {name: str(path) for name, path in paths.items()}
         return result
 
@@ -105,7 +105,7 @@ def sweep_of_run(settings: SweepSettings) -> dict[str, Any]:
         source = _Source(settings, ranks)
         config = source.sampling.config
         measure = settings.measure.model_copy(update={"batch_size": config.sample.batch_size})
-        protocol = source.protocols[0]
+        protocol = pick_protocol(source.protocols).name
 
         def score(point: Point) -> Score | None:
             if "network" not in vars(source):  # a first batch, so that compiling does not count in the speed
@@ -114,7 +114,7 @@ def sweep_of_run(settings: SweepSettings) -> dict[str, Any]:
             values = [f"sample.guidance_scale={point.guidance_scale}", f"sample.num_steps={point.num_steps}"]
             changed = source.sampling.model_copy(update={"config": override(config, values)})
             images = source.images(changed, keep_features=False)
-            found = evaluate(images, settings.reference, protocol, settings=measure, ranks=ranks)
+            found = evaluate(images, reference, protocol, settings=measure, ranks=ranks)
             if not ranks.is_main:
                 return None
             metrics = found.first.metrics
@@ -127,8 +127,8 @@ def sweep_of_run(settings: SweepSettings) -> dict[str, Any]:
 
         identity = {
             "weights_sha256": source.weights_sha256, "tokenizer": source.codec.tokenizer.identity,
-            "reference": reference.name, "protocol": protocol, "count": source.sampling.count, "seed": settings.seed,
-            "solver": config.sample.solver, **identify_inputs(settings.reference, protocol, measure, ranks),
+            "protocol": protocol, "count": source.sampling.count, "seed": settings.seed, "solver": config.sample.solver,
+            **identify_inputs(reference, protocol, measure, ranks),
         }  # fmt: skip
         return run_sweep(
             out, identity, settings.guidance_scales or (config.sample.guidance_scale,),

@@ -115,6 +115,24 @@ def test_stats_then_fid(capsys, digits, tmp_path) -> None:
     assert json.loads(out)["protocols"]["digits"]["metrics"]["fid"]["value"] == pytest.approx(0.7746, abs=0.01)
 
 
+def test_one_protocol_is_one_protocol(capsys, run, digits, tmp_path) -> None:
+    stats = ["fid", "stats", digits[0], "-o", tmp_path / "ref.npz"]
+    sweep = ["fid", "sweep", "--run", run, "--reference", digits[0], "--out", tmp_path / "sweep"]
+    for command in (stats, sweep):
+        code, out, err = xar(capsys, *command, "--protocol", "digits,adm")
+        assert (code, out) == (2, "")
+        assert "One protocol is needed, not 2 (digits, adm)" in " ".join(err.split())
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_doctor_speaks_once_in_a_job_of_two(capsys, monkeypatch, rank: int) -> None:
+    for name, value in {"RANK": rank, "WORLD_SIZE": 2, "LOCAL_RANK": rank}.items():
+        monkeypatch.setenv(name, str(value))
+    code, out, err = xar(capsys, "fid", "doctor")
+    assert code == 0, err
+    assert ("digits: can run." in out) == (rank == 0)
+
+
 def test_doctor(capsys) -> None:
     code, out, _ = xar(capsys, "fid", "doctor", "--json")
     assert code == 0
@@ -214,8 +232,13 @@ def test_a_sweep_is_not_continued_against_other_images_of_the_same_name(capsys, 
         "fid", "sweep", "--run", run, "--reference", reference, "--guidance-scale", "1", "--num-steps", "2",
         "--count", 20, "--out", tmp_path / "sweep", "--no-feature-cache",
     ]  # fmt: skip
+    (tmp_path / "linked").symlink_to(reference)
     assert xar(capsys, *command)[0] == 0
     identity = json.loads((tmp_path / "sweep" / "sweep.json").read_text())
+    assert "reference" not in identity  # the same images by another path go on, and so does a sweep that told a path
+    (tmp_path / "sweep" / "sweep.json").write_text(json.dumps({**identity, "reference": "elsewhere"}))
+    code, _, err = xar(capsys, *[tmp_path / "linked" if word == reference else word for word in command])
+    assert (code, "1 of 1 points are done" in err) == (0, True)
     assert identity["tokenizer"].startswith("pixels")
     assert len(identity["reference_sha256"]) == len(identity["network_weights"]["digits"]) == 64
     next(reference.rglob("*.png")).unlink()
@@ -242,6 +265,19 @@ def test_two_ranks_give_the_number_of_one(run, digits, tmp_path) -> None:
         assert one.keys() == two.keys()
         for key in one:
             assert two[key]["value"] == pytest.approx(one[key]["value"], rel=1e-6), (source, key)
+
+
+@pytest.mark.slow
+def test_statistics_by_two_ranks_of_a_job_are_told_once(digits, tmp_path) -> None:
+    command = [
+        sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "xar_cli", "fid",
+        "stats", str(digits[1]), "-o", str(tmp_path / "ref.npz"), "--protocol", "digits", "--device", "cpu",
+        "--no-feature-cache", "--json",
+    ]  # fmt: skip
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert len(done.stdout.splitlines()) == 1
+    assert json.loads(done.stdout)["count"] == 297
 
 
 @pytest.mark.slow

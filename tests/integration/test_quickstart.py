@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from pathlib import Path
 
+import pytest
 from PIL import Image
 
 
@@ -34,6 +36,13 @@ def test_short_form_runs_through_reports_and_resumes(tmp_path):
     assert json.loads(again.stdout) == result
     assert "holds a finished quickstart" in again.stderr
 
+    # Wherever it is asked from, and called by another name.
+    (tmp_path / "renamed").symlink_to(out)
+    elsewhere = json.loads(quickstart("--out", str(tmp_path / "renamed"), "--json").stdout)
+    for name, path in elsewhere["paths"].items():
+        assert path.startswith(str(tmp_path / "renamed")), name
+        assert Path(path).exists(), name
+
     # Half of it lost: the rest is made again, and the samples of the same seed are the same.
     (out / "quickstart.json").unlink()
     kept = (out / "samples" / "000007.png").read_bytes()
@@ -49,3 +58,11 @@ def test_short_form_runs_through_reports_and_resumes(tmp_path):
     other = quickstart("--out", str(out), "--seed", "5")
     assert other.returncode == 2
     assert "holds a quickstart with seed 0" in other.stderr
+
+
+@pytest.mark.parametrize("minutes", ["inf", "1e300"])
+def test_no_length_of_time_is_a_sentence(tmp_path, minutes):
+    done = quickstart("--out", str(tmp_path / "out"), "--minutes", minutes)
+    assert done.returncode == 2
+    assert "is no length of a quickstart" in done.stderr
+    assert not (tmp_path / "out").exists()

@@ -188,3 +188,5 @@ def test_a_push_can_be_looked_at_first(xar, run_folder):
     code, out, _ = xar("weights", "push", run_folder, "me/mine", "--dry-run")
     assert code == 0
     assert "# mine" in out
+    code, as_json, _ = xar("weights", "push", run_folder, "me/mine", "--dry-run", "--json")
+    assert json.loads(as_json) == {"card": out}

@@ -21,6 +21,7 @@ from xar_cli.cli.options import (
     RestartsOption,
     SetOption,
     TokenizerWeightsOption,
+    refuse_options_before_subcommand,
 )
 from xar_cli.cli.printing import print_rows
 
@@ -70,6 +71,7 @@ def cache_latents(
     input.
     """
     if context.invoked_subcommand:
+        refuse_options_before_subcommand(context)
         return
     from xar_cli.cache.plan import CacheSettings
     from xar_cli.cache.stage import plan_cache, require_few_bad, summarize

@@ -18,6 +18,7 @@ from xar_cli.cli.options import (
     RdzvEndpointOption,
     RunOption,
     TokenizerWeightsOption,
+    refuse_options_before_subcommand,
 )
 from xar_cli.cli.printing import print_rows
 
@@ -34,7 +35,10 @@ ReferenceOption = Annotated[
 ]
 ProtocolOption = Annotated[
     list[str] | None,
-    typer.Option("--protocol", help="adm, torch-fidelity, clean-fid, digits; several with commas. Default: adm."),
+    typer.Option(
+        "--protocol",
+        help="adm, torch-fidelity, clean-fid, digits; several with commas. Default: adm; with --run the recipe's.",
+    ),
 ]
 CountOption = Annotated[int | None, typer.Option("--count", min=2, help="Images to use. Default: all.")]
 ImageSizeOption = Annotated[
@@ -100,6 +104,7 @@ def fid(
 ) -> None:
     """Measure --samples (or images drawn from --run, which are not written) against --reference."""
     if context.invoked_subcommand is not None:
+        refuse_options_before_subcommand(context)
         return
     from xar_cli.errors import UserError
     from xar_cli.evaluate.stage import FidSettings
@@ -138,7 +143,7 @@ def fid(
 def stats(
     images: Annotated[Path, typer.Argument(help="Folder of real images, or an ADM batch.")],
     out: Annotated[Path, typer.Option("--out", "-o", help="The .npz file to write.")],
-    protocol: Annotated[str, typer.Option("--protocol", help="adm, torch-fidelity, clean-fid or digits.")] = "adm",
+    protocol: Annotated[str, typer.Option("--protocol", help="One: adm, torch-fidelity, clean-fid or digits.")] = "adm",
     count: CountOption = None,
     image_size: ImageSizeOption = None,
     batch_size: BatchOption = None,
@@ -154,6 +159,7 @@ def stats(
     as_json: JsonOption = False,
 ) -> None:
     """Write the statistics of real images (mu, sigma, mu_s, sigma_s), to be used as --reference."""
+    from xar_cli.data.images import printable
     from xar_cli.evaluate.stage import StatisticsSettings
     from xar_cli.launch import LaunchOptions, run
 
@@ -165,7 +171,7 @@ def stats(
     settings = StatisticsSettings(images=images, out=out, protocol=protocol, measure=measure, device=device)
     result = run("xar_cli.evaluate.stage:statistics", settings, LaunchOptions(nproc_per_node))
     if result:
-        told = f"{result['statistics']}: {result['count']} images by the network '{result['network']}'"
+        told = f"{printable(result['statistics'])}: {result['count']} images by the network '{result['network']}'"
         typer.echo(json.dumps(result) if as_json else told)
 
 
@@ -176,7 +182,10 @@ def doctor(
     """Say which protocols can run here, with which weights, and what is missing. Nothing is fetched."""
     from xar_cli.evaluate import Settings
     from xar_cli.evaluate.stage import doctor as examine
+    from xar_cli.launch import LaunchOptions, find_place
 
+    if find_place(LaunchOptions()).rank:  # rank 0 speaks for all
+        return
     found = examine(Settings(inception_weights=tuple(inception_weights or ()), vgg16_weights=vgg16_weights))
     if as_json:
         typer.echo(json.dumps(found))
@@ -278,6 +287,7 @@ def _cache_folder(given: Path | None, none: bool) -> Path | None:
 
 
 def _print_result(result: Mapping[str, Any]) -> None:
+    from xar_cli.data.images import printable
     from xar_cli.evaluate.report import show_number
 
     samples, reference = result["samples"], result["reference"]
@@ -294,4 +304,4 @@ def _print_result(result: Mapping[str, Any]) -> None:
     ]
     print_rows(rows, ("protocol", "metric", "value", "what else"))
     for kind, path in result.get("report", {}).items():
-        typer.echo(f"{kind}: {path}")
+        typer.echo(f"{kind}: {printable(path)}")

@@ -29,3 +29,16 @@ RdzvEndpointOption = Annotated[
     str, typer.Option("--rdzv-endpoint", metavar="HOST:PORT", help="Where the machines meet: machine 0.")
 ]
 RestartsOption = Annotated[int, typer.Option("--max-restarts", help="Restarts after a failed process.")]
+
+
+def refuse_options_before_subcommand(context: typer.Context) -> None:
+    """Raise a UserError at an option of the main job in front of a subcommand, which has options of its own."""
+    from xar_cli.errors import UserError
+
+    for parameter in context.command.params:
+        source = context.get_parameter_source(parameter.name or "")
+        if source is not None and source.name == "COMMANDLINE":
+            option, word = parameter.opts[0], context.invoked_subcommand
+            raise UserError(
+                f"{option} stands before `{word}`, which would not see it.", f"Write {option} after `{word}`."
+            )

@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from xar_cli.cli.options import JsonOption, SetOption
+from xar_cli.cli.printing import print_rows
 
 app = typer.Typer(help="List, show and validate recipes.", no_args_is_help=True)
 
@@ -15,19 +16,13 @@ app = typer.Typer(help="List, show and validate recipes.", no_args_is_help=True)
 @app.command("list")
 def list_command(as_json: JsonOption = False) -> None:
     """List the shipped recipes, with what each is for."""
-    from rich.console import Console
-    from rich.table import Table
-
     from xar_cli.config import list_recipes, load_recipe
 
     recipes = {name: load_recipe(name) for name in list_recipes()}
     if as_json:
         typer.echo(json.dumps({name: recipe.description for name, recipe in recipes.items()}))
         return
-    table = Table("recipe", "what it is", box=None)
-    for name, recipe in recipes.items():
-        table.add_row(name, recipe.description)
-    Console().print(table)
+    print_rows([(name, recipe.description) for name, recipe in recipes.items()], ("recipe", "what it is"))
 
 
 @app.command()

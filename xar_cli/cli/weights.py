@@ -124,7 +124,8 @@ def push(
     measured = [read_results(path) for path in results or ()]
     weights = open_weights(source, ema=ema)
     if dry_run:
-        typer.echo(model_card(weights, repo, measured, licence), nl=False)
+        card = model_card(weights, repo, measured, licence)
+        typer.echo(json.dumps({"card": card}) if as_json else card, nl=as_json)
         return
     with tempfile.TemporaryDirectory() as folder:
         write_model_folder(weights, repo, measured, licence, Path(folder))

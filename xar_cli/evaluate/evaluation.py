@@ -24,7 +24,7 @@ from xar_cli.evaluate.features import FeatureTable, content_hash_of, extract, sp
 from xar_cli.evaluate.images import ImageSet, open_images
 from xar_cli.evaluate.judge import Judge
 from xar_cli.evaluate.networks import NETWORKS, VGG16, FeatureNetwork, Precision, build_network, require_weights
-from xar_cli.evaluate.protocols import Protocol, pick_protocols
+from xar_cli.evaluate.protocols import Protocol, pick_protocol, pick_protocols
 from xar_cli.evaluate.reference import Reference, open_reference, write_statistics
 from xar_cli.evaluate.results import Evaluation, SetFacts
 from xar_cli.evaluate.weights import Weights
@@ -70,7 +70,7 @@ class Settings(Section):
 
 def evaluate(
     samples: Path | ImageSet,
-    reference: Path | ImageSet,
+    reference: Path | ImageSet | Reference,
     protocol: str | Sequence[str] = "digits",
     *,
     settings: Settings | None = None,
@@ -83,7 +83,7 @@ def evaluate(
 
     Args:
         samples: folder, ADM `.npz`, HDF5 file, or an opened set.
-        reference: folder, ADM batch, or statistics file.
+        reference: folder, ADM batch, or statistics file, or an opened one.
         protocol: one name, or several.
 
     Returns:
@@ -104,9 +104,10 @@ def evaluate(
     networks: dict[str, FeatureNetwork] = {}
     for name, found in weights.items():
         networks[name] = network = work.network(name, found, len(rows))
-        if name in {one.network for one in wanted}:
-            against.gaussian(network, "pool")  # statistics of another network are refused before any work
+        for layer in dict.fromkeys(layer for one in wanted if one.network == name for layer in one.layers):
+            against.gaussian(network, layer)  # statistics that do not fit are refused before any work
         _check_sizes(_size_of(opened), against, network)
+    for name, network in networks.items():
         tables[name] = work.table(opened, network, rows)
         _require_enough(opened.name, len(tables[name]))
         if against.images is not None:
@@ -123,7 +124,10 @@ def evaluate(
 
 
 def check_inputs(
-    reference: Path | ImageSet, protocol: str | Sequence[str], settings: Settings, image_size: Sides | None = None
+    reference: Path | ImageSet | Reference,
+    protocol: str | Sequence[str],
+    settings: Settings,
+    image_size: Sides | None = None,
 ) -> None:
     """Raise the UserError that `evaluate` would raise before it looks at any sample of this size."""
     _, against, weights = _open_inputs(reference, protocol, settings)
@@ -132,7 +136,7 @@ def check_inputs(
 
 
 def identify_inputs(
-    reference: Path | ImageSet, protocol: str | Sequence[str], settings: Settings, ranks: Ranks
+    reference: Path | ImageSet | Reference, protocol: str | Sequence[str], settings: Settings, ranks: Ranks
 ) -> dict[str, Any]:
     """What numbers depend on beside samples and settings, by content: the reference, and each network's weights.
 
@@ -156,7 +160,7 @@ def make_statistics(
         UserError: as `evaluate`, or the images are generated samples.
     """
     settings = settings or Settings()
-    (wanted,) = pick_protocols(protocol)
+    wanted = pick_protocol(protocol)
     opened = open_reference(images, settings.image_size).images
     if opened is None:
         raise UserError(f"'{images}' holds statistics already.", "Give a folder of images.")
@@ -218,7 +222,7 @@ class _Extraction:
 
 
 def _open_inputs(
-    reference: Path | ImageSet, protocol: str | Sequence[str], settings: Settings
+    reference: Path | ImageSet | Reference, protocol: str | Sequence[str], settings: Settings
 ) -> tuple[list[Protocol], Reference, dict[str, Weights | None]]:
     """All that an evaluation needs beside samples: protocols, reference, weights of the networks."""
     wanted = pick_protocols(protocol)

@@ -91,15 +91,15 @@ def png_data_uri(image: np.ndarray) -> str:
 
 
 def sheet(images: Sequence[np.ndarray], columns: int = COLUMNS) -> np.ndarray:
-    """Images of one size on one grey sheet, small ones enlarged by a whole factor, large ones reduced."""
+    """Images, of mixed sizes too, on one grey sheet: small ones enlarged by a whole factor, large ones reduced."""
     tiles = [_tile(image) for image in images]
-    height, width = tiles[0].shape[:2]
+    height, width = (max(tile.shape[side] for tile in tiles) for side in (0, 1))
     columns = min(columns, len(tiles))
     rows = -(-len(tiles) // columns)
     result = np.full((rows * (height + GAP) + GAP, columns * (width + GAP) + GAP, 3), GAP_GREY, np.uint8)
     for index, tile in enumerate(tiles):
         top, left = GAP + index // columns * (height + GAP), GAP + index % columns * (width + GAP)
-        result[top : top + height, left : left + width] = tile
+        result[top : top + tile.shape[0], left : left + tile.shape[1]] = tile
     return result
 
 

@@ -11,7 +11,7 @@ import json
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import h5py
 import numpy as np
@@ -33,7 +33,7 @@ class ImageSet(ABC):
     """Some images in a fixed order.
 
     Attributes:
-        name: what a person calls them: a path, mostly.
+        name: what a person calls them: a path, mostly; text that any file takes, as the class names are.
         labels: (N,) int64 class of each image, or None where nobody says.
         class_names: name of each class, or None.
         manifest: what `xar sample` wrote beside the images; None for real images.
@@ -88,7 +88,7 @@ class FolderImages(ImageSet):
     """
 
     def __init__(self, root: Path, image_size: Sides | None = None) -> None:
-        self.root, self.name, self.image_size = root, str(root), image_size
+        self.root, self.name, self.image_size = root, printable(str(root)), image_size
         paths = (path for path in root.rglob("*") if path.suffix.lower() in IMAGE_SUFFIXES)
         self.files = sorted((path for path in paths if not any(map(is_hidden, path.relative_to(root).parts))), key=str)
         self.manifest = _read_manifest(root)
@@ -97,7 +97,7 @@ class FolderImages(ImageSet):
         elif all(path.parent != root for path in self.files):
             names = [path.relative_to(root).parts[0] for path in self.files]
             classes, labels = np.unique(names, return_inverse=True)
-            self.class_names, self.labels = classes.tolist(), labels.astype(np.int64)
+            self.class_names, self.labels = [printable(name) for name in classes.tolist()], labels.astype(np.int64)
 
     def _label_by_manifest(self, manifest: Mapping[str, Any]) -> None:
         self.files = [path for path in self.files if path.parent == self.root and path.stem.isdigit()]
@@ -221,7 +221,7 @@ class GeneratedImages(ImageSet):
         keep_features: bool = True,
     ) -> None:
         self.keep_features = keep_features
-        self.name, self.draw, self.identity = name, draw, identity
+        self.name, self.draw, self.identity = printable(name), draw, identity
         self.class_names, self.manifest = class_names, manifest
         self._asked = np.asarray(labels, np.int64)
         self.labels = self._asked if _has_classes(manifest or {}) else None
@@ -277,9 +277,9 @@ def decode_opaque(path: Path) -> np.ndarray:
         BadImageError: unreadable, more than 8 bits a channel, or pixels that are not opaque.
     """
     try:
-        with Image.open(path) as image:
+        with path.open("rb") as file, Image.open(file) as image:
             image.load()
-            if image.mode.startswith(("I", "F")):
+            if image.mode.startswith(("I", "F")) or _bits_of_png(file) > 8:
                 raise ValueError("it has more than 8 bits a channel; convert it to 8-bit RGB")
             has_alpha = "A" in image.getbands() or "transparency" in image.info
             if has_alpha and image.convert("RGBA").getchannel("A").getextrema()[0] != 255:
@@ -288,6 +288,13 @@ def decode_opaque(path: Path) -> np.ndarray:
     except Exception as error:  # damaged files make Pillow's decoders raise nearly anything
         reason = "it is not an image, or damaged" if isinstance(error, Image.UnidentifiedImageError) else str(error)
         raise BadImageError(str(path), reason.rstrip(".") or type(error).__name__) from None
+
+
+def _bits_of_png(file: BinaryIO) -> int:
+    """Bits of a channel, from the file's head: Pillow cuts 16-bit colours down to 8 in silence. 0 for other formats."""
+    file.seek(0)
+    head = file.read(25)
+    return head[24] if head.startswith(b"\x89PNG") else 0
 
 
 def read_npz(path: Path) -> dict[str, np.ndarray]:
@@ -308,7 +315,7 @@ def _open_npz(path: Path) -> ImageSet:
     if "arr_0" not in arrays:
         kind = "It holds statistics: give it as --reference." if "mu" in arrays else "Give an ADM sample batch."
         raise UserError(f"'{path}' holds no images (no array 'arr_0').", kind)
-    images = ArrayImages(arrays["arr_0"], str(path), arrays.get("arr_1"))
+    images = ArrayImages(arrays["arr_0"], printable(str(path)), arrays.get("arr_1"))
     images.adopt(manifest_of_npz(path, arrays))
     return images
 
@@ -335,7 +342,7 @@ def _open_hdf5(path: Path) -> ImageSet:
             f"'{path}' holds no dataset 'images' (it has: {', '.join(file)}).",
             "A latent cache holds no images: give the folder that it was made from.",
         )
-    images = ArrayImages(file["images"], str(path), file["labels"][:] if "labels" in file else None)
+    images = ArrayImages(file["images"], printable(str(path)), file["labels"][:] if "labels" in file else None)
     try:
         manifest = json.loads(file.attrs.get(MANIFEST_ATTRIBUTE, "null"))
     except (ValueError, TypeError):  # another program's attribute

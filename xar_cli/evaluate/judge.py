@@ -165,11 +165,12 @@ class Judge:
             self._add(key, label, Estimate(value, error), note, True)
 
     def _accuracy(self) -> None:
-        name = counted("class accuracy", self.count)
-        if self.labels is None:
-            self._add(protocols.ACCURACY, name, None, "the samples have no labels", True)
+        name, asked = counted("class accuracy", self.count), self._asked_classes()
+        if asked is None:
+            note = "the samples have no labels" if self.labels is None else "class or folder names are no digits"
+            self._add(protocols.ACCURACY, name, None, note, True)
             return
-        right = self._predictions() == self.labels
+        right = self._predictions() == asked
         value = float(right.mean())
         error = float(np.sqrt(value * (1 - value) / len(right)))
         self._add(protocols.ACCURACY, name, Estimate(value, error), "", True)
@@ -177,10 +178,27 @@ class Judge:
     def _predictions(self) -> np.ndarray:
         return np.asarray(self.table.layers["logits"]).argmax(axis=1)
 
+    def _asked_classes(self) -> np.ndarray | None:
+        """(N,) what the classifier should see in each sample: the number that its class is named by.
+
+        Labels without names are such numbers already; of a folder they are places among its subfolders. None where
+        there are no labels, or some class is none of the classifier's.
+        """
+        if self.labels is None:
+            return None
+        numbers = {}
+        for label in np.unique(self.labels):
+            name = self.samples.class_name(int(label))
+            if not (name.isascii() and name.isdigit() and int(name) < self.network.layers["logits"]):
+                return None
+            numbers[int(label)] = int(name)
+        return np.array([numbers[int(label)] for label in self.labels])
+
     def _per_class(self) -> dict[str, dict[str, float]]:
-        if protocols.ACCURACY not in self.protocol.metrics or self.labels is None:
+        asked = self._asked_classes() if protocols.ACCURACY in self.protocol.metrics else None
+        if asked is None or self.labels is None:
             return {}
-        right = self._predictions() == self.labels
+        right = self._predictions() == asked
         return {
             self.samples.class_name(int(label)): {
                 "count": int((self.labels == label).sum()),

@@ -25,6 +25,7 @@ KID_SUBSETS, KID_SUBSET_SIZE = 100, 1000
 NEIGHBOUR_BLOCK = 2048
 GROUPS = 10  # disjoint subsets behind an error bar
 BOOTSTRAPS = 20
+SMALLEST_STRATUM = 5  # images of a class from which the bootstrap draws inside it
 EXTRAPOLATION_POINTS = 10
 
 
@@ -60,17 +61,21 @@ def frechet_with_error(
 
     Args:
         error_bars: `subsets`: jackknife over ten disjoint subsets, each left out in turn. `bootstrap`: twenty sets of N
-            drawn with replacement. `none`: no error.
+            drawn with replacement, of each class as many as it has; classes of fewer than five are taken together.
+            `none`: no error.
         labels: (N,) classes, or None.
     """
     rng = np.random.default_rng(seed)
     if error_bars == "bootstrap":
         value = frechet_distance(moments(features).gaussian(), reference)
+        strata = _strata(len(features), labels)
         drawn = [
-            frechet_distance(_moments_of_rows(features, _resample(len(features), labels, rng)).gaussian(), reference)
+            frechet_distance(_moments_of_rows(features, _resample(strata, rng)).gaussian(), reference)
             for _ in range(BOOTSTRAPS)
         ]
-        return Estimate(value, float(np.std(drawn, ddof=1)))
+        # Rows drawn from n rows spread by (n - 1) / n of the variance of new ones: over all, (N - strata) / N.
+        shrunk = 1 - len(strata) / len(features)
+        return Estimate(value, float(np.std(drawn, ddof=1) / np.sqrt(shrunk)))
     count = min(GROUPS, len(features) // 2) if error_bars == "subsets" else 1
     if count < 2:
         return Estimate(frechet_distance(moments(features).gaussian(), reference))
@@ -140,12 +145,19 @@ def _balanced_order(total: int, labels: np.ndarray | None, rng: np.random.Genera
     return np.argsort((ranks + rng.random(total)) / sizes, kind="stable")
 
 
-def _resample(total: int, labels: np.ndarray | None, rng: np.random.Generator) -> np.ndarray:
-    """Rows drawn with replacement, each class from itself."""
+def _strata(total: int, labels: np.ndarray | None) -> list[np.ndarray]:
+    """Rows of each class; the classes too small to be drawn from alone are one, as is all without labels."""
     if labels is None:
-        return np.sort(rng.integers(0, total, total))
-    members = [np.flatnonzero(labels == label) for label in np.unique(labels)]
-    return np.sort(np.concatenate([rng.choice(rows, len(rows)) for rows in members]))
+        return [np.arange(total)]
+    _, classes, sizes = np.unique(labels, return_inverse=True, return_counts=True)
+    large = np.flatnonzero(sizes >= SMALLEST_STRATUM)
+    rest = np.flatnonzero(sizes[classes] < SMALLEST_STRATUM)
+    return [np.flatnonzero(classes == one) for one in large] + ([rest] if len(rest) else [])
+
+
+def _resample(strata: list[np.ndarray], rng: np.random.Generator) -> np.ndarray:
+    """Rows drawn with replacement, as many from each stratum as it has."""
+    return np.sort(np.concatenate([rng.choice(rows, len(rows)) for rows in strata]))
 
 
 def inception_score(logits: np.ndarray, splits: list[np.ndarray]) -> Estimate:

@@ -32,6 +32,11 @@ class Protocol:
     max_reference: int | None
     description: str
 
+    @property
+    def layers(self) -> tuple[str, ...]:
+        """The layers of its network whose statistics are compared."""
+        return ("pool", "spatial") if SFID in self.metrics else ("pool",)
+
     def networks(self, with_vgg16: bool) -> list[str]:
         """The networks it needs; VGG16 only where its weights are at hand."""
         found = [self.network]
@@ -79,6 +84,21 @@ def pick_protocols(names: str | Sequence[str]) -> list[Protocol]:
         if name not in PROTOCOLS:
             raise UserError(f"There is no protocol '{name}'.", did_you_mean(name, PROTOCOLS))
     return [PROTOCOLS[name] for name in dict.fromkeys(wanted)]
+
+
+def pick_protocol(names: str | Sequence[str]) -> Protocol:
+    """The one protocol that is named.
+
+    Raises:
+        UserError: there are several, or it is not known.
+    """
+    found = pick_protocols(names)
+    if len(found) > 1:
+        raise UserError(
+            f"One protocol is needed, not {len(found)} ({', '.join(one.name for one in found)}).",
+            "Give one --protocol.",
+        )
+    return found[0]
 
 
 def counted(metric: str, count: int) -> str:

@@ -5,7 +5,6 @@ Owns the statistics file that `xar fid stats` writes and the checks that a forei
 
 from __future__ import annotations
 
-import hashlib
 import io
 import json
 from collections.abc import Mapping
@@ -16,10 +15,12 @@ from typing import Any
 import numpy as np
 
 from xar_cli.config.schema import Sides
+from xar_cli.data.images import printable
 from xar_cli.errors import UserError
 from xar_cli.evaluate.frechet import Gaussian
 from xar_cli.evaluate.images import ArrayImages, ImageSet, manifest_of_npz, open_images, read_npz
 from xar_cli.evaluate.networks import INCEPTION, FeatureNetwork
+from xar_cli.hub import sha256_of
 from xar_cli.run_dir import write_atomic
 
 STATISTICS_FORMAT = "xar-statistics"
@@ -64,8 +65,8 @@ class Reference:
             found = self.statistics[layer]
             if len(found.mu) != network.layers[layer]:
                 raise UserError(
-                    f"'{self.name}' holds statistics of {len(found.mu)} dimensions where the network gives "
-                    f"{network.layers[layer]}.",
+                    f"'{self.name}' holds statistics (mu{SUFFIX_OF_LAYER[layer]}) of {len(found.mu)} dimensions where "
+                    f"the network gives {network.layers[layer]}.",
                     "Make them again with `xar fid stats` and the same --protocol.",
                 )
             return found
@@ -87,13 +88,15 @@ class Reference:
             )
 
 
-def open_reference(source: Path | ImageSet, image_size: Sides | None = None) -> Reference:
-    """Open a folder of images, an ADM batch, or a statistics file.
+def open_reference(source: Path | ImageSet | Reference, image_size: Sides | None = None) -> Reference:
+    """Open a folder of images, an ADM batch, or a statistics file; one that is open already is returned.
 
     Raises:
         UserError: none of these; samples given as reference; statistics that are not finite, not square, or not
             symmetric.
     """
+    if isinstance(source, Reference):
+        return source
     if isinstance(source, Path) and source.suffix == ".npz" and source.is_file():
         return _open_npz(source)
     images = open_images(source, image_size)
@@ -128,9 +131,9 @@ def write_statistics(path: Path, layers: Mapping[str, Gaussian], origin: Mapping
 
 
 def _open_npz(path: Path) -> Reference:
-    arrays = read_npz(path)
-    _require_real(str(path), manifest_of_npz(path, arrays) is not None)
-    images = ArrayImages(arrays["arr_0"], str(path)) if "arr_0" in arrays else None
+    arrays, name = read_npz(path), printable(str(path))
+    _require_real(name, manifest_of_npz(path, arrays) is not None)
+    images = ArrayImages(arrays["arr_0"], name) if "arr_0" in arrays else None
     origin = json.loads(str(arrays["xar"])) if "xar" in arrays else {}
     statistics = {
         layer: _checked_gaussian(path, arrays, suffix)
@@ -142,8 +145,7 @@ def _open_npz(path: Path) -> Reference:
             f"'{path}' holds neither images (arr_0) nor statistics (mu, sigma).",
             "Give an ADM reference batch, or make statistics with `xar fid stats`.",
         )
-    digest = hashlib.sha256(path.read_bytes()).hexdigest()
-    return Reference(str(path), digest, images, statistics, origin.get("network", INCEPTION), origin)
+    return Reference(name, sha256_of(path), images, statistics, origin.get("network", INCEPTION), origin)
 
 
 def _checked_gaussian(path: Path, arrays: Mapping[str, np.ndarray], suffix: str) -> Gaussian:

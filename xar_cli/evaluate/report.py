@@ -16,14 +16,15 @@ import numpy as np
 import torch
 
 from xar_cli import __version__
-from xar_cli.config import published_result
+from xar_cli.config import load_recipe, published_result
 from xar_cli.config.recipes import validate
-from xar_cli.config.schema import pixels_text
+from xar_cli.config.schema import height_and_width, pixels_text, sides_text
 from xar_cli.errors import UserError
 from xar_cli.evaluate import html, metrics
 from xar_cli.evaluate.evaluation import Settings
-from xar_cli.evaluate.images import ImageSet, open_images
+from xar_cli.evaluate.images import FolderImages, ImageSet
 from xar_cli.evaluate.protocols import PAPER_COUNT
+from xar_cli.evaluate.reference import Reference, open_reference
 from xar_cli.evaluate.results import Evaluation
 from xar_cli.run_dir import write_atomic, write_json
 
@@ -44,6 +45,15 @@ MANIFEST_KEYS = (
 PUBLISHED_KEYS = {  # key of a metric -> field of the recipe's published results
     "fid": "fid", "is": "inception_score", "precision": "precision", "recall": "recall",
 }  # fmt: skip
+COMPARED = {  # key of the recipe -> what it is, where it differs from the recipe that the published figures are of
+    "sample.solver": "Solver",
+    "sample.num_steps": "Steps",
+    "sample.guidance_scale": "Guidance scale",
+    "sample.guidance_schedule": "Guidance schedule",
+    "sample.guidance_interval": "Guidance interval",
+    "sample.decoder_precision": "Precision of the decoder",
+    "train.precision": "Precision of the network",
+}
 
 
 @dataclass(frozen=True)
@@ -64,7 +74,7 @@ def write_report(
     evaluation: Evaluation,
     made: Mapping[str, Any],
     samples: ImageSet,
-    reference: Path | ImageSet,
+    reference: Path | ImageSet | Reference,
     settings: Settings,
 ) -> dict[str, Path]:
     """Write report.json, report.md and report.html into a folder; returns their paths by kind.
@@ -74,10 +84,10 @@ def write_report(
     content = report_content(evaluation, made, settings)
     paths = {kind: folder / f"report.{kind}" for kind in ("json", "md", "html")}
     write_json(paths["json"], content)
-    write_atomic(paths["md"], markdown(content))
+    write_atomic(paths["md"], markdown(content).encode(errors="backslashreplace"))  # names may be no UTF-8
     strips = sample_strips(samples, evaluation)
     neighbours = neighbour_strips(samples, reference, evaluation, settings)
-    write_atomic(paths["html"], html.page(content, strips, neighbours))
+    write_atomic(paths["html"], html.page(content, strips, neighbours).encode(errors="backslashreplace"))
     return paths
 
 
@@ -88,6 +98,7 @@ def facts_of_sampling(samples: ImageSet) -> dict[str, Any]:
         "published": published_figures(manifest),
         "sampling": {key: manifest[key] for key in MANIFEST_KEYS if key in manifest},
         "cost": dict(manifest.get("evaluations") or {}),
+        "differences": differences_of_sampling(samples),
     }
 
 
@@ -99,7 +110,7 @@ def report_content(evaluation: Evaluation, made: Mapping[str, Any], settings: Se
         "created": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         **evaluation.as_dict(),
         **made,
-        "differences": differences(evaluation),
+        "differences": [*differences(evaluation), *made["differences"]],
         "settings": settings.model_dump(mode="json"),
         "machine": machine(),
     }
@@ -141,6 +152,30 @@ def differences(evaluation: Evaluation) -> list[str]:
     return found
 
 
+def differences_of_sampling(samples: ImageSet) -> list[str]:
+    """The same of how the samples were drawn: a sentence each, where published figures stand beside ours."""
+    manifest, found = samples.manifest or {}, []
+    crop = samples.image_size if isinstance(samples, FolderImages) else None
+    drawn_size = manifest.get("image_size")
+    if crop is not None and (drawn_size is None or height_and_width(crop) != height_and_width(drawn_size)):
+        found.append(f"Crop: the samples were cropped to {sides_text(crop)} by --image-size.")
+    if not published_figures(manifest):
+        return found
+    ours = validate(manifest["config"], "The recipe of the samples")
+    theirs = load_recipe(ours.name)
+    for key, what in COMPARED.items():
+        section, _, name = key.partition(".")
+        here, there = (_plain(getattr(getattr(config, section), name)) for config in (ours, theirs))
+        if here != there:
+            found.append(f"{what}: {here} here, {there} in the recipe that the published figures are of.")
+    if manifest.get("ema") is False:
+        found.append("Weights: the raw ones of training, not their average (EMA).")
+    drawn, classes = len(set(manifest.get("labels") or [])), ours.data.num_classes
+    if drawn < classes:
+        found.append(f"Classes: {drawn} of {classes} were drawn; published figures are of all of them.")
+    return found
+
+
 def machine() -> dict[str, Any]:
     """What computed this."""
     gpus = [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
@@ -170,14 +205,14 @@ def sample_strips(samples: ImageSet, evaluation: Evaluation) -> list[Strip]:
 
 
 def neighbour_strips(
-    samples: ImageSet, reference: Path | ImageSet, evaluation: Evaluation, settings: Settings
+    samples: ImageSet, reference: Path | ImageSet | Reference, evaluation: Evaluation, settings: Settings
 ) -> list[Strip]:
     """Some samples, each followed by the real images nearest to it in feature space; none without real images."""
     name = next(iter(evaluation.tables))
-    if name not in evaluation.reference_tables:
+    real = open_reference(reference, settings.image_size).images
+    if name not in evaluation.reference_tables or real is None:
         return []
     table, real_table = evaluation.tables[name], evaluation.reference_tables[name]
-    real = open_images(reference, settings.image_size)
     picked = np.linspace(0, len(table) - 1, min(len(table), SAMPLES_WITH_NEIGHBOURS)).round().astype(int)
     found = metrics.nearest(table.layers["pool"][picked], real_table.layers["pool"], NEIGHBOURS)
     own = _strips(samples, {f"sample {row}": [row] for row in table.rows[picked]})
@@ -203,19 +238,25 @@ def markdown(content: Mapping[str, Any]) -> str:
     for name, result in content["protocols"].items():
         lines += [f"## {name}", "", result["description"] + ".", ""]
         lines += ["| metric | value | published | what else |", "|---|---|---|---|"]
-        lines += [f"| {' | '.join(cells)} |" for cells in metric_rows(result, content["published"])]
+        lines += [_row(cells) for cells in metric_rows(result, content["published"])]
         lines.append("")
         if result["per_class"]:
             lines += ["| class | images | accuracy |", "|---|---|---|"]
             lines += [
-                f"| {label} | {found['count']} | {found['accuracy']:.3f} |"
+                _row((label, str(found["count"]), f"{found['accuracy']:.3f}"))
                 for label, found in result["per_class"].items()
             ]
             lines.append("")
     lines += ["## What differs from published numbers", "", *(f"- {text}" for text in content["differences"]), ""]
     for heading, facts in fact_tables(content):
-        lines += [f"## {heading}", "", "| | |", "|---|---|", *(f"| {key} | {value} |" for key, value in facts), ""]
+        lines += [f"## {heading}", "", "| | |", "|---|---|", *map(_row, facts), ""]
     return "\n".join(lines)
+
+
+def _row(cells: Sequence[str]) -> str:
+    """A row of a Markdown table, whatever stands in its cells."""
+    safe = [" ".join(cell.splitlines()).replace("|", "\\|") for cell in cells]
+    return f"| {' | '.join(safe)} |"
 
 
 def title(content: Mapping[str, Any]) -> str:

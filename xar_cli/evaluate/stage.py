@@ -11,7 +11,8 @@ from xar_cli.errors import UserError
 from xar_cli.evaluate.evaluation import Settings, evaluate, make_statistics
 from xar_cli.evaluate.images import open_images
 from xar_cli.evaluate.networks import DIGITS
-from xar_cli.evaluate.protocols import PROTOCOLS, pick_protocols
+from xar_cli.evaluate.protocols import PROTOCOLS, pick_protocol, pick_protocols
+from xar_cli.evaluate.reference import open_reference
 from xar_cli.evaluate.report import facts_of_sampling, write_report
 from xar_cli.evaluate.weights import PUBLISHED, find_weights
 from xar_cli.run_dir import require_writable
@@ -56,23 +57,27 @@ def fid(settings: FidSettings) -> dict[str, Any]:
     with process_group(settings.device) as ranks:
         samples = open_images(settings.samples, settings.measure.image_size)
         made = facts_of_sampling(samples)
-        found = evaluate(samples, settings.reference, settings.protocols, settings=settings.measure, ranks=ranks)
+        reference = open_reference(settings.reference, settings.measure.image_size)
+        found = evaluate(samples, reference, settings.protocols, settings=settings.measure, ranks=ranks)
         if not ranks.is_main:
             return {}
         result = found.as_dict()
         if settings.report is not None:
-            paths = write_report(settings.report, found, made, samples, settings.reference, settings.measure)
+            paths = write_report(settings.report, found, made, samples, reference, settings.measure)
             result["report"] = {name: str(path) for name, path in paths.items()}
         return result
 
 
 def statistics(settings: StatisticsSettings) -> dict[str, Any]:
     """Write a statistics file; returns what `--json` prints."""
+    pick_protocol(settings.protocol)
     require_writable(settings.out.parent, 1 << 27, "the statistics")
     with process_group(settings.device) as ranks:
         origin = make_statistics(
             settings.images, settings.out, settings.protocol, settings=settings.measure, ranks=ranks
         )
+        if not ranks.is_main:
+            return {}
         return {"statistics": str(settings.out), **origin}
 
 

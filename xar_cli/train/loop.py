@@ -6,7 +6,7 @@ What a step is stands in step.py, what is carried from step to step in state.py,
 from __future__ import annotations
 
 import time
-from collections.abc import Generator
+from collections.abc import Generator, Sequence
 from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
@@ -121,7 +121,7 @@ def train(settings: TrainSettings) -> dict[str, Any]:
         before = _batch_before(ranks, newest)
         plan = make_plan(config, ranks.world_size, reader.num_samples, batch_limit(config, ranks, before))
         ranks.on_main(lambda: check_run(settings.out, config, plan.disk_bytes, settings.allow_recipe_change) and None)
-        preview = ranks.on_all(lambda: _preview(settings, plan, run, ranks))
+        preview = ranks.on_all(lambda: _preview(settings, plan, reader.class_names, run, ranks))
 
         set_matmul_precision(config.train.precision)
         state = TrainState.fresh(config, ranks.device, ranks)
@@ -404,12 +404,16 @@ def _probed_plan(state: TrainState, plan: TrainPlan, reader: LatentReader, ranks
     return plan_with(probed_batch(state, ranks, plan.batch_size_per_rank, attempt))
 
 
-def _preview(settings: TrainSettings, plan: TrainPlan, run: RunDir, ranks: Ranks) -> Preview | None:
+def _preview(
+    settings: TrainSettings, plan: TrainPlan, class_names: Sequence[str], run: RunDir, ranks: Ranks
+) -> Preview | None:
     """The preview, where the recipe asks for grids or evaluations."""
     train = settings.config.train
     if not (train.preview_every or train.eval_every):
         return None
-    return Preview(settings.config, plan, run, ranks, settings.tokenizer_weights, settings.reference, settings.measure)
+    return Preview(
+        settings.config, plan, class_names, run, ranks, settings.tokenizer_weights, settings.reference, settings.measure
+    )
 
 
 def _say_where(run: RunDir, state: TrainState, plan: TrainPlan, checkpoint: Checkpoint, ranks: Ranks) -> None:

@@ -43,6 +43,7 @@ class Preview:
     Args:
         config: the recipe; its sampling settings are used.
         plan: of the run, for the steps of an epoch.
+        class_names: name of each label, for accuracies.
         run: the run folder.
         ranks: who draws.
         tokenizer_weights: file of KL-16's weights.
@@ -57,6 +58,7 @@ class Preview:
         self,
         config: Config,
         plan: TrainPlan,
+        class_names: Sequence[str],
         run: RunDir,
         ranks: Ranks,
         tokenizer_weights: Path | None,
@@ -64,6 +66,7 @@ class Preview:
         measure: Measure,
     ) -> None:
         self._config, self._plan, self._run, self._ranks = config, plan, run, ranks
+        self._class_names = class_names
         check_evaluation(config, reference, measure)
         self._reference = reference
         self._measure = measure.model_copy(
@@ -169,8 +172,9 @@ class Preview:
         identity = f"{self._run.root.resolve()} step {state.step} {self._config.sample}"
         manifest = {"image_size": self._config.data.image_size, "config": self._config.model_dump(mode="json")}
         images = GeneratedImages(
-            f"{count} images of step {state.step}", labels, draw, identity, manifest=manifest, keep_features=False
-        )
+            f"{count} images of step {state.step}", labels, draw, identity, self._class_names, manifest,
+            keep_features=False,
+        )  # fmt: skip
         reference, protocol = self._reference, self._config.evaluate.protocol
         found = self._ranks.on_all(
             lambda: evaluate(images, reference, protocol, settings=self._measure, ranks=self._ranks)

@@ -101,12 +101,17 @@ def _results_table(results: Sequence[Mapping[str, Any]]) -> list[str]:
 
 
 def _table_rows(result: Mapping[str, Any]) -> list[str]:
-    """One row a metric, of the JSON of `xar fid`: value and error, protocol, count, reference with its hash."""
+    """One row a metric, of the JSON of `xar fid`: value and error, protocol, count, reference with its hash.
+
+    A metric that was not computed (its value is null) has no row.
+    """
     reference = f"{Path(result['reference']['name']).name} (sha256 {result['reference']['sha256'][:12]})"
     count = int(result["samples"]["count"])
     rows = []
     for protocol, found in result["protocols"].items():
         for metric in found["metrics"].values():
+            if metric["value"] is None:
+                continue
             error = f" ± {metric['error']:.2g}" if metric.get("error") else ""
             rows.append(f"| {metric['name']} | {metric['value']:.4g}{error} | {protocol} | {count} | {reference} |")
     return rows

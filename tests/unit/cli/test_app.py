@@ -7,6 +7,8 @@ import pytest
 from xar_cli import __version__
 from xar_cli.cli import app as app_module
 from xar_cli.cli.app import main
+from xar_cli.cli.printing import print_rows
+from xar_cli.config import list_recipes
 from xar_cli.errors import UserError
 
 
@@ -33,6 +35,31 @@ def test_unknown_command_and_option_exit_with_2(capsys):
     assert code == 2
     assert "No such command" in err
     assert run(capsys, "train", "--recpie", "base")[0] == 2
+
+
+def test_a_table_shows_brackets_and_colons_as_they_are(capsys):
+    row = ("/data/[red]set[/wrong]/[0]", ":smile: " + 300 * "x")
+    print_rows([row], ("path", "what"))
+    assert "  ".join(row) in capsys.readouterr().out
+
+
+def test_the_list_of_recipes_has_a_line_for_each(capsys):
+    _, out, _ = run(capsys, "recipes", "list")
+    assert len(out.splitlines()) == 1 + len(list_recipes())
+
+
+@pytest.mark.parametrize(
+    ("arguments", "option", "word"),
+    [
+        (("fid", "--image-size", "256", "stats", "images", "-o", "ref.npz"), "--image-size", "stats"),
+        (("fid", "--workers", "4", "doctor"), "--workers", "doctor"),  # its default, but said
+        (("cache-latents", "--recipe", "tiny", "verify", "latents.h5"), "--recipe", "verify"),
+    ],
+)
+def test_an_option_before_a_subcommand_is_refused(capsys, arguments, option, word):
+    code, out, err = run(capsys, *arguments)
+    assert (code, out) == (2, "")
+    assert f"Write {option} after `{word}`." in err
 
 
 def test_recipes_list_show_validate(capsys):

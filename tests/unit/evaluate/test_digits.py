@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from importlib import resources
 
 import numpy as np
@@ -56,6 +57,25 @@ def test_floor_is_small_and_noise_is_far_away() -> None:
     assert one_class.frechet_distance > 100 * floor.frechet_distance
 
 
+def test_accuracy_goes_by_the_number_that_a_folder_is_named_by(tmp_path, digit_folders) -> None:
+    for digit in ("3", "7"):
+        shutil.copytree(digit_folders[1] / digit, tmp_path / "some" / digit)
+    found = evaluate(tmp_path / "some", digit_folders[0], "digits", settings=QUICK)
+    assert found.class_accuracy is not None
+    assert found.class_accuracy > 0.95
+    assert {name: row["accuracy"] > 0.95 for name, row in found.first.per_class.items()} == {"3": True, "7": True}
+
+
+@pytest.mark.parametrize("name", ["seven", "10"])
+def test_folders_that_are_named_by_no_digit_have_no_accuracy(tmp_path, digit_folders, name: str) -> None:
+    shutil.copytree(digit_folders[1] / "3", tmp_path / "some" / "3")
+    shutil.copytree(digit_folders[1] / "7", tmp_path / "some" / name)
+    found = evaluate(tmp_path / "some", digit_folders[0], "digits", settings=QUICK)
+    assert found.class_accuracy is None
+    assert found.first.metrics["class_accuracy"].note == "class or folder names are no digits"
+    assert found.first.per_class == {}
+
+
 def test_equals_torch_fidelitys_own_command(tmp_path) -> None:
     """FID, IS, KID, precision and recall of its `calculate_metrics` with the registered extractor, same files."""
     train, heldout = split_digits()
@@ -102,11 +122,12 @@ def test_class_accuracy_from_a_manifest(tmp_path, digit_folders) -> None:
         Image.fromarray(image).save(tmp_path / f"{index:06d}.png")
     labels = heldout.labels[:20].copy()
     labels[:5] = (labels[:5] + 1) % 10  # asked for something else: five count as wrong
-    manifest = {"format": "xar-samples", "version": 1, "labels": labels.tolist(), "class_names": list("abcdefghij")}
+    names = [f"{digit:02}" for digit in range(10)]
+    manifest = {"format": "xar-samples", "version": 1, "labels": labels.tolist(), "class_names": names}
     (tmp_path / "manifest.json").write_text(json.dumps(manifest))
     found = evaluate(tmp_path, digit_folders[0], "digits", settings=QUICK)
     assert found.class_accuracy == pytest.approx(15 / 20)
-    assert set(found.first.per_class) <= set("abcdefghij")
+    assert set(found.first.per_class) <= set(names)
     assert sum(part["count"] for part in found.first.per_class.values()) == 20
 
 

@@ -14,6 +14,7 @@ from xar_cli.errors import UserError
 from xar_cli.evaluate import Settings, evaluate, make_statistics
 from xar_cli.evaluate.images import ArrayImages, GeneratedImages
 from xar_cli.evaluate.protocols import counted, pick_protocols
+from xar_cli.evaluate.reference import open_reference
 
 QUICK = Settings(error_bars="none", batch_size=4)
 
@@ -131,6 +132,37 @@ def test_sfid_without_spatial_statistics_says_so(folders, tmp_path) -> None:
     assert found.first.metrics["sfid"].value is None
     assert "mu_s" in found.first.metrics["sfid"].note
     assert found.first.metrics["fid"].value is not None
+
+
+@pytest.mark.parametrize("layer", ["mu_s", "mu"])
+def test_statistics_of_another_width_are_refused_before_any_work(folders, fake_networks, tmp_path, layer) -> None:
+    make_statistics(folders[1], tmp_path / "ref.npz", "adm", settings=QUICK)
+    with np.load(tmp_path / "ref.npz") as arrays:
+        named = {name: arrays[name] for name in ("mu", "sigma", "mu_s", "sigma_s")}
+    named |= {layer: np.zeros(3), layer.replace("mu", "sigma"): np.eye(3)}
+    np.savez(tmp_path / "narrow.npz", **named)
+    with pytest.raises(UserError, match=rf"\({layer}\) of 3 dimensions where the network gives"):
+        evaluate(folders[0], tmp_path / "narrow.npz", "adm", settings=QUICK)
+    assert fake_networks["inception"].images_seen == 0
+
+
+def test_statistics_that_do_not_fit_the_second_protocol_are_refused_before_any_work(
+    folders, fake_networks, tmp_path
+) -> None:
+    make_statistics(folders[1], tmp_path / "ref.npz", "adm", settings=QUICK)
+    with pytest.raises(UserError, match="not of 'inception-clean'"):
+        evaluate(folders[0], tmp_path / "ref.npz", "adm,clean-fid", settings=QUICK)
+    assert fake_networks["inception"].images_seen == 0
+
+
+def test_an_opened_reference_is_not_read_again(folders, tmp_path) -> None:
+    np.savez(tmp_path / "batch.npz", arr_0=make_images(9, seed=3))
+    opened = open_reference(tmp_path / "batch.npz")
+    direct = evaluate(folders[0], tmp_path / "batch.npz", "adm", settings=QUICK)
+    (tmp_path / "batch.npz").unlink()
+    assert (
+        evaluate(folders[0], opened, "adm", settings=QUICK).as_dict()["reference"]["sha256"] == direct.reference.sha256
+    )
 
 
 def test_adm_is_is_shuffled_where_files_are_sorted_by_class(folders, fake_networks) -> None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import struct
+import zlib
 
 import h5py
 import numpy as np
@@ -127,14 +129,33 @@ def test_grey_is_repeated_and_opaque_alpha_dropped(tmp_path) -> None:
     np.testing.assert_array_equal(ArrayImages(grey[None], "x").load(0), decode_opaque(tmp_path / "grey.png"))
 
 
+def png_of_16_bits(image: np.ndarray) -> bytes:
+    """An (H, W, 3) image as a PNG of 16 bits a channel, which Pillow reads and does not write."""
+    height, width, _ = image.shape
+    rows = (image.astype(">u2") * 257).reshape(height, -1)
+    data = zlib.compress(b"".join(b"\0" + row.tobytes() for row in rows))
+    parts = [(b"IHDR", struct.pack(">2I5B", width, height, 16, 2, 0, 0, 0)), (b"IDAT", data), (b"IEND", b"")]
+    chunks = (
+        struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body)) for kind, body in parts
+    )
+    return b"\x89PNG\r\n\x1a\n" + b"".join(chunks)
+
+
 def test_transparent_deep_and_damaged_files_are_refused_by_name(tmp_path) -> None:
     alpha = np.concatenate([IMAGES[0], np.full((16, 16, 1), 128, np.uint8)], axis=2)
     Image.fromarray(alpha).save(tmp_path / "glass.png")
     Image.fromarray(np.full((16, 16), 40_000, np.uint16)).save(tmp_path / "deep.png")
+    (tmp_path / "colours.png").write_bytes(png_of_16_bits(IMAGES[0]))
     whole = write_folder(tmp_path / "whole", IMAGES[:1]) / "000000.png"
     (tmp_path / "cut.png").write_bytes(whole.read_bytes()[:200])
     (tmp_path / "text.png").write_text("not an image")
-    for name, why in (("glass", "transparent"), ("deep", "8 bits"), ("cut", ""), ("text", "not an image")):
+    for name, why in (
+        ("glass", "transparent"),
+        ("deep", "8 bits"),
+        ("colours", "8 bits"),
+        ("cut", ""),
+        ("text", "not an image"),
+    ):
         with pytest.raises(BadImageError, match=f"{name}.png.*{why}"):
             decode_opaque(tmp_path / f"{name}.png")
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import io
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -20,7 +21,16 @@ from xar_cli.errors import UserError
 from xar_cli.evaluate import Settings, evaluate
 from xar_cli.evaluate.html import sheet
 from xar_cli.evaluate.images import ArrayImages, GeneratedImages, open_images
-from xar_cli.evaluate.report import differences, facts_of_sampling, published_figures, show_number, write_report
+from xar_cli.evaluate.report import (
+    differences,
+    differences_of_sampling,
+    facts_of_sampling,
+    markdown,
+    published_figures,
+    report_content,
+    show_number,
+    write_report,
+)
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome", "chrome"))), None)
 COUNT = 40
@@ -166,11 +176,81 @@ def test_differences_name_count_protocol_and_reference(digit_folders) -> None:
         assert word in told
 
 
+def drawn_with(changes: list[str], **manifest: object) -> ArrayImages:
+    """Samples of the recipe `base` by their manifest."""
+    images, config = ArrayImages(np.zeros((2, 8, 8), np.uint8), "some"), load_recipe("base", changes)
+    known = {"recipe": "base", "ema": True, "labels": list(range(1000)), "config": config.model_dump(mode="json")}
+    images.manifest = {**known, **manifest}
+    return images
+
+
+@pytest.mark.parametrize(
+    ("change", "sentence"),
+    [
+        ("sample.solver=heun", "Solver: heun here, euler_maruyama in the recipe"),
+        ("sample.num_steps=40:15", "Steps: 40:15 here, 40 in the recipe"),
+        ("sample.guidance_scale=1.5", "Guidance scale: 1.5 here, 2.7 in the recipe"),
+        ("sample.guidance_schedule=constant", "Guidance schedule: constant here, linear in the recipe"),
+        ("sample.guidance_interval=[0.1, 0.9]", "Guidance interval: 0.1, 0.9 here, 0.0, 1.0 in the recipe"),
+        ("sample.decoder_precision=bf16", "Precision of the decoder: bf16 here, fp32 in the recipe"),
+        ("train.precision=fp32", "Precision of the network: fp32 here, bf16 in the recipe"),
+    ],
+)
+def test_what_was_drawn_otherwise_than_the_published_figures_is_said(change: str, sentence: str) -> None:
+    (told,) = differences_of_sampling(drawn_with([change]))
+    assert told.startswith(sentence)
+
+
+def test_raw_weights_and_missing_classes_are_said() -> None:
+    assert differences_of_sampling(drawn_with([])) == []
+    assert "raw ones" in differences_of_sampling(drawn_with([], ema=False))[0]
+    told = differences_of_sampling(drawn_with([], labels=[207, 207, 30]))
+    assert told == ["Classes: 2 of 1000 were drawn; published figures are of all of them."]
+    tiny = drawn_with([], config=load_recipe("tiny", ["sample.num_steps=3"]).model_dump(mode="json"))
+    assert differences_of_sampling(tiny) == []  # no figures to compare with
+
+
+def test_a_crop_of_the_samples_is_said(digit_folders) -> None:
+    assert differences_of_sampling(open_images(digit_folders[1])) == []
+    told = differences_of_sampling(open_images(digit_folders[1], 4))
+    assert told == ["Crop: the samples were cropped to 4 x 4 by --image-size."]
+
+
+def test_the_page_lists_what_was_drawn_otherwise(digit_folders) -> None:
+    found = evaluate(digit_folders[1], digit_folders[0], "digits", settings=Settings(error_bars="none"))
+    made = facts_of_sampling(drawn_with(["sample.solver=heun"]))
+    assert "- Solver: heun here" in markdown(report_content(found, made, Settings()))
+
+
+def test_names_with_bars_and_line_breaks_do_not_break_the_tables(digit_folders) -> None:
+    found = evaluate(digit_folders[1], digit_folders[0], "digits", settings=Settings(error_bars="none"))
+    content = report_content(found, facts_of_sampling(open_images(digit_folders[1])), Settings())
+    content["protocols"]["digits"]["per_class"] = {"a|b\nc": {"count": 3, "accuracy": 0.5}}
+    content["sampling"] = {"weights": "runs/a|b"}
+    text = markdown(content)
+    assert "| a\\|b c | 3 | 0.500 |" in text
+    assert "| weights | runs/a\\|b |" in text
+
+
+def test_names_that_are_no_utf_8_stand_in_the_report(digit_folders, tmp_path) -> None:
+    samples = tmp_path / os.fsdecode(b"digits \xff")
+    shutil.copytree(digit_folders[1] / "3", samples / os.fsdecode(b"class \xfe"))
+    settings, opened = Settings(error_bars="none"), open_images(samples)
+    opened.manifest = {"weights": os.fsdecode(b"runs/\xfd")}
+    found = evaluate(opened, digit_folders[0], "digits", settings=settings)
+    paths = write_report(tmp_path / "out", found, facts_of_sampling(opened), opened, digit_folders[0], settings)
+    assert "digits \\xff" in paths["md"].read_text()
+    assert "class \\xfe" in paths["html"].read_text()
+    assert json.loads(paths["json"].read_text())["samples"]["name"].endswith("digits \\xff")
+
+
 def test_samples_without_a_manifest_or_with_an_old_one_tell_no_cost() -> None:
     images = ArrayImages(np.zeros((2, 8, 8), np.uint8), "some")
-    assert facts_of_sampling(images) == {"published": {}, "sampling": {}, "cost": {}}
+    assert facts_of_sampling(images) == {"published": {}, "sampling": {}, "cost": {}, "differences": []}
     images.manifest = {"recipe": "tiny", "config": load_recipe("tiny").model_dump(mode="json")}
-    assert facts_of_sampling(images) == {"published": {}, "sampling": {"recipe": "tiny"}, "cost": {}}
+    assert facts_of_sampling(images) == {
+        "published": {}, "sampling": {"recipe": "tiny"}, "cost": {}, "differences": [],
+    }  # fmt: skip
 
 
 def test_the_numbers_are_written_before_the_pictures_are_drawn(digit_folders, tmp_path) -> None:
@@ -202,3 +282,10 @@ def test_numbers_show_the_digits_that_mean_something(value, error, text: str) ->
 def test_large_images_are_reduced_and_small_ones_enlarged() -> None:
     assert sheet([np.zeros((256, 128, 3), np.uint8)] * 3).shape == (96 + 4, 3 * 50 + 2, 3)
     assert sheet([np.zeros((8, 8, 3), np.uint8)] * 9).shape == (2 * 98 + 2, 8 * 98 + 2, 3)
+
+
+def test_images_of_several_sizes_fit_on_one_sheet() -> None:
+    images = [np.full((*size, 3), 9, np.uint8) for size in ((90, 60), (60, 96))]
+    picture = sheet(images)
+    assert picture.shape == (90 + 4, 2 * 96 + 6, 3)
+    assert (picture == 9).all(axis=-1).sum() == 90 * 60 + 60 * 96

@@ -10,6 +10,7 @@ from PIL import Image
 
 from xar_cli.cli.app import main
 from xar_cli.errors import UserError
+from xar_cli.evaluate.results import Evaluation, Metric, ProtocolResult, SetFacts
 from xar_cli.weights import open_weights
 from xar_cli.weights.card import model_card, read_results, write_model_folder
 
@@ -53,6 +54,26 @@ def test_the_output_of_xar_fid_is_what_a_card_reads(tmp_path, capsys):
         main([*arguments, "--no-feature-cache"])
     (tmp_path / "fid.json").write_text(capsys.readouterr().out)
     assert "digits" in read_results(tmp_path / "fid.json")["protocols"]
+
+
+def test_metrics_that_were_not_computed_have_no_row(tmp_path, run_folder):
+    found = Evaluation(
+        SetFacts("samples/mine", "11" * 32, 50000),
+        SetFacts("adm_in256_stats.npz", "ab" * 32, 0),
+        {
+            "adm": ProtocolResult(
+                "adm", "as ADM", "inception", "bilinear", "cd" * 32, True, "fp32",
+                {
+                    "fid": Metric("fid", "FID", 2.3456, 0.031),
+                    "precision": Metric("precision", "precision", None, note="needs reference images, not statistics"),
+                },
+            )
+        },
+    )  # fmt: skip
+    (tmp_path / "fid.json").write_text(json.dumps(found.as_dict()))
+    card = model_card(open_weights(run_folder), "someone/my-xar", [read_results(tmp_path / "fid.json")], None)
+    assert "| FID | 2.346 ± 0.031 |" in card
+    assert "precision" not in card
 
 
 def test_a_card_without_results_says_so_and_claims_no_licence(run_folder):
