@@ -7,11 +7,9 @@ stage's.
 from __future__ import annotations
 
 import json
-import queue
-import threading
 import time
 from collections import deque
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,6 +27,7 @@ from xar_cli.logs import Progress
 from xar_cli.run_dir import format_bytes
 
 BLOCKS_AHEAD = 3  # decoded blocks waiting for the encoder: more only takes memory
+WRITES_AHEAD = 2  # blocks waiting for the disk
 COMMIT_ROWS = 1024  # a kill loses no more finished work than this,
 COMMIT_SECONDS = 2.0  # or this
 
@@ -116,53 +115,57 @@ def encode_blocks(
 class _Store:
     """A thread that takes moments off the device and writes them, so that the encoder need not wait for the
     disk.
+
+    An executor's, which takes its work without Python code that a signal could break into: with queue.Queue,
+    a signal in the midst of `put` can leave the thread waiting for ever.
     """
 
     def __init__(self, writer: LatentWriter, display: Progress, bad: BadList) -> None:
         self._writer, self._display, self._bad = writer, display, bad
-        self._queue: queue.Queue[tuple[np.ndarray, np.ndarray, list[Tensor]] | int | None] = queue.Queue(maxsize=2)
+        self._pool = ThreadPoolExecutor(1, thread_name_prefix="latent-writer")
+        self._waiting: deque[Future[None]] = deque()
         self._error: BaseException | None = None
-        self._thread = threading.Thread(target=self._run, name="latent-writer")
-        self._thread.start()
+        self._committed, self._rows_since = time.monotonic(), 0
 
     def put(self, rows: np.ndarray, keep: np.ndarray, moments: list[Tensor]) -> None:
-        self._queue.put((rows, keep, moments))
+        """Write the moments at `keep` of a block as these rows, soon."""
+        self._hand_over(lambda: self._write(rows, keep, moments), len(rows))
 
     def put_bad(self, row: int) -> None:
-        self._queue.put(row)
+        """Set a row aside, soon."""
+        self._hand_over(lambda: self._writer.mark_bad(row), 1)
 
     def raise_if_failed(self) -> None:
+        """Raise what the thread has met."""
         if self._error is not None:
             raise self._error
 
     def close(self) -> None:
         """Write what was put, commit it, end the thread."""
-        self._queue.put(None)
-        self._thread.join()
-
-    def _run(self) -> None:
-        last, rows_since = time.monotonic(), 0
-        while (item := self._queue.get()) is not None:
-            if self._error is not None:
-                continue  # keep taking, so that nobody waits for ever on a full queue
-            try:
-                rows_since += self._write(item)
-                if rows_since >= COMMIT_ROWS or time.monotonic() - last >= COMMIT_SECONDS:
-                    self._writer.commit()
-                    last, rows_since = time.monotonic(), 0
-            except BaseException as error:  # handed to the thread that waits for the work
-                self._error = error
         try:
-            if self._error is None:
+            self._pool.submit(self._do, self._writer.commit)
+        finally:
+            self._pool.shutdown()
+
+    def _hand_over(self, work: Callable[[], object], rows: int) -> None:
+        """Have the thread do some work on so many rows; waits where it has more than a little to do."""
+        self._waiting.append(self._pool.submit(self._do, work, rows))
+        if len(self._waiting) > WRITES_AHEAD:
+            self._waiting.popleft().result()
+
+    def _do(self, work: Callable[[], object], rows: int = 0) -> None:
+        if self._error is not None:
+            return
+        try:
+            work()
+            self._rows_since += rows
+            if self._rows_since >= COMMIT_ROWS or time.monotonic() - self._committed >= COMMIT_SECONDS:
                 self._writer.commit()
-        except BaseException as error:
+                self._committed, self._rows_since = time.monotonic(), 0
+        except BaseException as error:  # handed to the thread that waits for the work
             self._error = error
 
-    def _write(self, item: tuple[np.ndarray, np.ndarray, list[Tensor]] | int) -> int:
-        if isinstance(item, int):
-            self._writer.mark_bad(item)
-            return 1
-        rows, keep, moments = item
+    def _write(self, rows: np.ndarray, keep: np.ndarray, moments: list[Tensor]) -> None:
         arrays = [tensor.float().cpu().numpy()[keep] for tensor in moments]
         if not all(np.isfinite(array).all() for array in arrays):
             raise UserError(
@@ -173,7 +176,6 @@ class _Store:
         self._writer.write(rows, *arrays)
         notes = {"written": format_bytes(self._writer.bytes_written), "failed": self._bad.count}
         self._display.update(len(rows), **notes)
-        return len(rows)
 
 
 def _load_ahead(job: Job, blocks: Iterable[Block], workers: int) -> Iterator[tuple[Block, list[Future[np.ndarray]]]]:
