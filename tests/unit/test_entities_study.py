@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -281,3 +282,12 @@ def test_the_report_is_of_the_options_alone(tmp_path, monkeypatch):
     ((out, numbers, setup),) = calls
     assert (out, numbers, f"--tables 4 {setup.options}") == (tmp_path, [4], options)
     assert setup.asked(entities.YARDSTICKS[entities.LARGE]) == {"epochs": 60, "precision": "bf16", "images": 1000}
+
+
+def test_table_4_in_docs_is_that_of_the_results_that_are_kept(tmp_path):
+    """Whoever goes on with them gets the numbers that are told."""
+    shutil.copytree(entities.REPORT.parents[1] / "benchmarks" / "results" / "entities", tmp_path / "results")
+    setup = entities.Setup({entities.SMALL: 60, entities.LARGE: 60}, precision="bf16", guidance=(1.0, 2.0, 3.0))
+    rows = entities.table(tmp_path, 4, setup)
+    assert len(rows.splitlines()) == 4 + len(entities.TABLES[4].rows)
+    assert rows in entities.REPORT.read_text(encoding="utf-8")
