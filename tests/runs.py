@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import pytest
 import torch
 
 from tests.caches import pixel_recipe
@@ -11,6 +12,7 @@ from xar_cli.checkpoint import latest_checkpoint
 from xar_cli.config import Config
 from xar_cli.logs import read_metrics
 from xar_cli.run_dir import RunDir
+from xar_cli.train import loop
 from xar_cli.train.loop import TrainSettings
 
 SMALL = (
@@ -35,6 +37,20 @@ def small_recipe(*overrides: str) -> Config:
 
 def settings(config: Config, data: Path, out: Path, **more) -> TrainSettings:
     return TrainSettings(config=config, data=data, out=out, device="cpu", **more)
+
+
+def train_until(monkeypatch: pytest.MonkeyPatch, step: int, *arguments, **more) -> None:
+    """Train, and die when optimizer step `step` is about to be taken."""
+
+    def die(state, *rest, take_step=loop.take_step):
+        if state.step == step:
+            raise KeyboardInterrupt
+        take_step(state, *rest)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(loop, "take_step", die)
+        with pytest.raises(KeyboardInterrupt):
+            loop.train(settings(*arguments, **more))
 
 
 def losses(out: Path) -> dict[int, float]:

@@ -139,8 +139,8 @@ def cached(file: HubFile) -> Path | None:
     return Path(path) if isinstance(path, str) else None
 
 
-def check_sha256(path: Path, expected: str) -> None:
-    """Raise a UserError (exit code 1) unless a file of the hub's cache has the expected sha256; else it is removed."""
+def keep_if_sound(path: Path, expected: str) -> None:
+    """Remove a file of the hub's cache that has not the expected sha256; a UserError (exit code 1) says so."""
     found = sha256_of(path)
     if found != expected:
         path.resolve().unlink()  # the cache links to it, and would link again

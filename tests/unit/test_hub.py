@@ -10,7 +10,7 @@ import pytest
 
 from tests.fake_hub import FakeHub, running_hub
 from xar_cli.errors import UserError
-from xar_cli.hub import HubFile, absolute_source, check_sha256, local_file, parse_hub_name, require_repo_name
+from xar_cli.hub import HubFile, absolute_source, keep_if_sound, local_file, parse_hub_name, require_repo_name
 
 FETCH = """
 import sys
@@ -124,8 +124,8 @@ def test_bad_repositories_are_refused(name):
 
 def test_sha256(tmp_path):
     (tmp_path / "file").write_bytes(b"abc")
-    check_sha256(tmp_path / "file", "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad")
+    keep_if_sound(tmp_path / "file", "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad")
     (tmp_path / "link").symlink_to("file")
     with pytest.raises(UserError, match="was damaged"):
-        check_sha256(tmp_path / "link", "00" * 32)
+        keep_if_sound(tmp_path / "link", "00" * 32)
     assert list(tmp_path.iterdir()) == []

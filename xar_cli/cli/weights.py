@@ -70,7 +70,7 @@ def download(
 ) -> None:
     """Download published weights into the hub's cache: says what they are, asks, prints where they lie."""
     from xar_cli.errors import UserError, did_you_mean
-    from xar_cli.hub import PUBLISHED, cached, check_sha256, fetch, remote_facts
+    from xar_cli.hub import PUBLISHED, cached, fetch, keep_if_sound, remote_facts
     from xar_cli.run_dir import format_bytes
 
     if name not in PUBLISHED:
@@ -92,7 +92,7 @@ def download(
     path = fetch(published.file)
     expected = published.sha256 or recorded
     if expected is not None:
-        check_sha256(path, expected)
+        keep_if_sound(path, expected)
     checked = expected is not None
     typer.echo(json.dumps({"file": str(path), "sha256_checked": checked}) if as_json else str(path))
 

@@ -131,8 +131,9 @@ def check_inputs(
 ) -> None:
     """Raise the UserError that `evaluate` would raise before it looks at any sample of this size."""
     _, against, weights = _open_inputs(reference, protocol, settings)
-    for name in weights:
-        _check_sizes(None if image_size is None else height_and_width(image_size), against, NETWORKS[name])
+    if image_size is not None:
+        for name in weights:
+            _check_sizes(height_and_width(image_size), against, NETWORKS[name])
 
 
 def identify_inputs(

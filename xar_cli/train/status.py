@@ -105,13 +105,19 @@ class StateNote:
     def write(self, state: str, why: str = "") -> None:
         """Note a state; whatever comes next is no part of a step."""
         self._step_began, self._written = None, time.monotonic()
-        patience = PAUSE_SECONDS if state in PAUSES else STARTING_SECONDS
-        if state not in PAUSES and self._longest_step is not None:
-            patience = max(SILENCE_SECONDS, NOTE_SECONDS + SILENCE * self._longest_step)
-        note = {"state": state, "step": self._counter.step, "why": why, "time": time.time(), "patience": patience}
+        step, patience = self._counter.step, self._patience(state)
+        note = {"state": state, "step": step, "why": why, "time": time.time(), "patience": patience}
         if self._enabled:
             with suppress(OSError):  # a full disk ends no run
                 write_json(self._run.status, note)
+
+    def _patience(self, state: str) -> float:
+        """For how many seconds a run in this state may be silent."""
+        if state in PAUSES:
+            return PAUSE_SECONDS
+        if self._longest_step is None:
+            return STARTING_SECONDS
+        return max(SILENCE_SECONDS, NOTE_SECONDS + SILENCE * self._longest_step)
 
     def step_taken(self) -> None:
         """Call after every step; renews the note now and then."""

@@ -7,14 +7,14 @@ import pytest
 import torch
 
 from tests.caches import N, make_cache, make_moments
-from tests.runs import final_tensors, losses, settings, small_recipe
+from tests.runs import final_tensors, losses, settings, small_recipe, train_until
 from xar_cli.data.latents import LatentWriter
 from xar_cli.data.sharding import SampleStream
 from xar_cli.errors import UserError
 from xar_cli.logs import read_metrics
 from xar_cli.model.entities import build_grouping
 from xar_cli.run_dir import RunDir
-from xar_cli.train import loop, loss_scale
+from xar_cli.train import loss_scale
 from xar_cli.train.draws import draw_step
 from xar_cli.train.loop import train
 from xar_cli.train.loss_scale import INITIAL_SCALE
@@ -91,35 +91,12 @@ def test_a_resume_tells_no_skipped_step_twice(tmp_path, monkeypatch):
     """All steps are skipped. Killed before step 8, inside a line; the checkpoint of step 4 is gone on from."""
     data, out = poisoned_cache(tmp_path / "latents.h5", list(range(N))), tmp_path / "run"
     config = small_recipe("train.max_bad_steps=30")
-
-    def kill(state, *rest, take_step=loop.take_step):
-        if state.step == 7:
-            raise KeyboardInterrupt
-        take_step(state, *rest)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(loop, "take_step", kill)
-        with pytest.raises(KeyboardInterrupt):
-            train(settings(config, data, out))
+    train_until(monkeypatch, 7, config, data, out)
     assert [entry["step"] for entry in told(out)] == list(range(1, 8))
     with (out / "skipped_steps.jsonl").open("a") as file:
         file.write('{"step": 8, "not_f')
     train(settings(config, data, out))
     assert [entry["step"] for entry in told(out)] == list(range(1, 11))
-
-
-def kill_before(step, monkeypatch, *settings_of_run, **more):
-    """Train up to a step, before which the process dies."""
-
-    def take_step(state, *rest, real=loop.take_step):
-        if state.step == step:
-            raise KeyboardInterrupt
-        real(state, *rest)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(loop, "take_step", take_step)
-        with pytest.raises(KeyboardInterrupt):
-            train(settings(*settings_of_run, **more))
 
 
 @pytest.mark.parametrize("killed", [5, 7])
@@ -128,7 +105,7 @@ def test_a_kill_loses_no_skipped_step_that_the_checkpoint_has_behind_it(tmp_path
     data = poisoned_cache(tmp_path / "latents.h5", [5])
     config = small_recipe("train.log_every=6", "train.epochs=3")
     train(settings(config, data, tmp_path / "whole"))
-    kill_before(killed, monkeypatch, config, data, tmp_path / "cut")
+    train_until(monkeypatch, killed, config, data, tmp_path / "cut")
     train(settings(config, data, tmp_path / "cut"))
     whole, cut = told(tmp_path / "whole"), told(tmp_path / "cut")
     assert cut == whole
@@ -144,7 +121,7 @@ def test_fp16_halves_its_scale_after_a_bad_step_and_keeps_it_over_a_resume(tmp_p
     assert min(skipped) <= 8
     whole = final_tensors(tmp_path / "whole")
     assert whole["loss-scale/scale"] == INITIAL_SCALE / 2 ** len(skipped)
-    kill_before(9, monkeypatch, config, data, tmp_path / "cut")
+    train_until(monkeypatch, 9, config, data, tmp_path / "cut")
     train(settings(config, data, tmp_path / "cut"))
     cut = final_tensors(tmp_path / "cut")
     assert all(cut[name].equal(tensor) for name, tensor in whole.items())

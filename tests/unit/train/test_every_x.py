@@ -6,8 +6,7 @@ import pytest
 import torch
 
 from tests.caches import make_cache
-from tests.runs import final_tensors, losses, settings, small_recipe
-from tests.unit.train.test_loop import train_until
+from tests.runs import final_tensors, losses, settings, small_recipe, train_until
 from xar_cli.sample.images import image_path, is_whole
 from xar_cli.sample.stage import SampleSettings, sample
 from xar_cli.train.loop import train

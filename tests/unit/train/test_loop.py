@@ -8,11 +8,10 @@ import torch
 
 from tests import caches
 from tests.caches import make_cache
-from tests.runs import damage, final_tensors, losses, settings, small_recipe
+from tests.runs import damage, final_tensors, losses, settings, small_recipe, train_until
 from xar_cli.errors import UserError
 from xar_cli.hub import sha256_of
 from xar_cli.logs import log
-from xar_cli.train import loop
 from xar_cli.train.loop import dry_run_plan, train
 
 
@@ -27,25 +26,6 @@ def whole(data, tmp_path_factory):
     out = tmp_path_factory.mktemp("whole") / "run"
     train(settings(small_recipe(), data, out))
     return out
-
-
-class StopError(Exception):
-    pass
-
-
-def train_until(monkeypatch, step, *arguments, **more):
-    """Train, and fail when optimizer step `step` is about to be taken."""
-    take_step = loop.take_step
-
-    def fail(state, *rest):
-        if state.step == step:
-            raise StopError
-        return take_step(state, *rest)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(loop, "take_step", fail)
-        with pytest.raises(StopError):
-            train(settings(*arguments, **more))
 
 
 @pytest.mark.parametrize("stop_at", [3, 5, 9])  # before the first checkpoint, in the second epoch, after the second

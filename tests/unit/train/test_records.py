@@ -9,11 +9,11 @@ import pytest
 from PIL import Image
 
 from tests.caches import make_cache
-from tests.runs import settings, small_recipe
+from tests.runs import settings, small_recipe, train_until
 from xar_cli.errors import UserError
 from xar_cli.logs import log, read_metrics
 from xar_cli.run_dir import RunDir
-from xar_cli.train import loop, records
+from xar_cli.train import records
 from xar_cli.train.loop import train
 from xar_cli.train.records import Records, WeightsAndBiases
 
@@ -67,22 +67,10 @@ def data(tmp_path):
     return make_cache(tmp_path / "latents.h5")
 
 
-def train_killed_at(step, monkeypatch, *arguments):
-    def stop(state, *rest, take_step=loop.take_step):
-        if state.step == step:
-            raise KeyboardInterrupt
-        take_step(state, *rest)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(loop, "take_step", stop)
-        with pytest.raises(KeyboardInterrupt):
-            train(settings(*arguments))
-
-
 def test_a_run_that_goes_back_to_a_checkpoint_is_one_run_there(data, tmp_path, monkeypatch, wandb):
     """Killed before step 8, with a checkpoint of step 4: steps 5 to 7 are logged twice, and nothing is dropped."""
     config = small_recipe(*WANDB, "train.preview_every=5", "train.preview_count=4")
-    train_killed_at(7, monkeypatch, config, data, tmp_path / "run")
+    train_until(monkeypatch, 7, config, data, tmp_path / "run")
     train(settings(config, data, tmp_path / "run"))
     first, again = wandb.inits
     assert first == again
