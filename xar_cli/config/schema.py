@@ -344,7 +344,7 @@ def _check_num_steps(value: Any) -> Any:
     if isinstance(value, int | str) and len(parts) <= 2 and all(part.isdigit() for part in parts):
         steps = [int(part) for part in parts]
         if all(0 < count <= MAX_STEPS for count in steps):
-            return steps[0] if len(steps) == 1 else value
+            return steps[0] if len(set(steps)) == 1 else ":".join(map(str, steps))  # one text for one schedule
     raise ValueError(
         f"must be a whole number from 1 to {MAX_STEPS}, or first and last of a schedule, 40:15 (got {value!r})"
     )

@@ -62,6 +62,13 @@ def test_a_schedule_needs_no_quotes(schedule, tmp_path):
         assert (steps[0], steps[-1]) == (first, last)
 
 
+@pytest.mark.parametrize(("written", "meant"), [("40:40", "40"), ("010:05", "10:5")])
+def test_one_schedule_is_one_recipe_however_it_is_written(written, meant):
+    assert plan_of(f"num_steps='{written}'") == plan_of(f"num_steps='{meant}'")
+    configs = [load_recipe("base", [f"sample.num_steps='{text}'"]) for text in (written, meant)]
+    assert configs[0] == configs[1]
+
+
 def test_without_classes_no_null_branch_runs():
     """Both branches would have the null label."""
     plan = SamplingPlan.of(load_recipe("base", ["data.num_classes=0"]))
