@@ -115,6 +115,7 @@ def check_order(value: Any) -> Any:
     raise ValueError(f"must be {' or '.join(known)}, or a list of whole numbers (got {value!r})")
 
 
+Context = Literal["random", "increasing", "decreasing", "clean"]  # flow/context.py says what they are
 Order = Annotated[Literal["raster", "centre_out"] | tuple[int, ...], BeforeValidator(check_order)]
 ORDER_HELP = "raster, centre_out (nearest the middle of the grid first), or a permutation: place -> raster number."
 
@@ -304,9 +305,7 @@ class TrainConfig(Section):
         min_length=1,
         description="Decays of the weight averages; the first one is sampled by default.",
     )
-    context: Literal["random", "increasing", "decreasing", "clean"] = Field(
-        "random", description="Noise of the earlier entities while training (paper, Table 5)."
-    )
+    context: Context = Field("random", description="Noise of the earlier entities while training (paper, Table 5).")
     label_dropout: float = Field(0.1, ge=0, le=1, description="Probability that a label becomes the null class.")
     precision: Literal["bf16", "fp16", "tf32", "fp32"] = Field(
         "bf16", description="Arithmetic of the forward and backward pass."

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Literal
-
 import torch
 from torch import Tensor
 
-Context = Literal["random", "increasing", "decreasing", "clean"]
+from xar_cli.config.schema import Context
 
 
 def draw_timesteps(context: Context, batch: int, num_entities: int, generator: torch.Generator) -> Tensor:

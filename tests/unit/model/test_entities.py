@@ -134,6 +134,7 @@ def test_every_other_kind_on_a_2_x_4_grid():
     assert order(SubsampleEntity(kind="subsample", stride=2)) == [0, 2, 1, 3, 4, 6, 5, 7]
     assert order(SubsampleEntity(kind="subsample", stride=(1, 2))) == [0, 2, 4, 6, 1, 3, 5, 7]
     assert order(SubsampleEntity(kind="subsample", stride=(2, 4))) == [0, 1, 2, 3, 4, 5, 6, 7]
+    assert order(SubsampleEntity(kind="subsample", stride=2, order=(2, 0, 3, 1))) == [4, 6, 0, 2, 5, 7, 1, 3]
     assert order(TokenEntity(kind="token", order="centre_out")) == [1, 2, 5, 6, 0, 3, 4, 7]
 
 

@@ -10,6 +10,7 @@ import torch
 from tests.caches import pixel_recipe
 from xar_cli.config import load_recipe
 from xar_cli.model import XAR
+from xar_cli.model.attention import block_causal_attention
 from xar_cli.model.transformer import count_parameters, init_weights, rms_norm, timestep_sinusoid
 
 KINDS = (
@@ -140,3 +141,19 @@ def test_dropout_acts_in_training_alone():
         assert torch.equal(model(x, t, labels), model(x, t, labels))
         model.train()
         assert not torch.equal(model(x, t, labels), model(x, t, labels))
+
+
+def test_attention_gets_the_recipes_dropout_in_training_alone():
+    model = small_model(dropout=0.25)
+    (x, t, labels), asked = inputs(model), []
+
+    def attend(queries, keys, values, lengths, dropout):
+        asked.append(dropout)
+        return block_causal_attention(queries, keys, values, lengths, dropout)
+
+    block, lengths = model.encoder[0], model.grouping.lengths
+    h, condition = model.enter(x, slice(None)), model.condition(t, labels)
+    for mode in (model.train, model.eval):
+        mode()
+        block(h, condition, model.rope, lengths, None, attend)
+    assert asked == [0.25, 0.0]

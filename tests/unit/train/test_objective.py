@@ -32,6 +32,7 @@ def test_interpolant_and_target_by_hand():
     t = draws.t.repeat_interleave(16, dim=1)[..., None]
     torch.testing.assert_close(model.x_t, (1 - t) * x + t * draws.noise, atol=1e-5, rtol=1e-5)
     torch.testing.assert_close(losses, (draws.noise - x).square().mean(-1), atol=1e-4, rtol=1e-4)
+    assert torch.equal(model.t, draws.t)
     assert losses.shape == (8, 64)
 
 
@@ -46,7 +47,14 @@ def test_without_classes_there_is_only_the_null_class():
     assert model.labels.tolist() == [0] * 8
 
 
-@pytest.mark.parametrize("context", ["random", "clean"])
-def test_clean_context_is_handed_to_the_network(context):
-    model, _, _ = run(f"train.context={context}")
-    assert (model.context is not None) == (context == "clean")
+@pytest.mark.parametrize("context", ["random", "increasing", "decreasing"])
+def test_noisy_context_is_what_the_network_sees_anyway(context):
+    model, draws, _ = run(f"train.context={context}")
+    assert model.context is None
+    assert torch.equal(model.t, draws.t)
+
+
+def test_clean_context_is_the_data_as_it_is():
+    model, draws, _ = run("train.context=clean")
+    torch.testing.assert_close(model.context, torch.full((8, 64, 1), 3.0))
+    assert torch.equal(model.t, draws.t)
