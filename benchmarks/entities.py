@@ -16,8 +16,8 @@ A table is made of results with one setting of `--epochs`, `--precision` and `--
 every scale of `--guidance`: `--report` needs them too. Device and compiler may differ; the line under a table says it.
 
 Every table goes between two marks of its own in docs/entities.md, with what made it and a picture; what is written
-around them, and tables that were not asked for or have no results, are left alone. Of `--out` they need `results/` and
-`samples/` alone.
+around them, and tables that were not asked for or have no results, are left alone. Of `--out` a table needs `results/`
+alone, and its picture `samples/`: without the samples of one of its rows, the picture stays as it is.
 """
 
 from __future__ import annotations
@@ -461,37 +461,46 @@ def circumstances(out: Path, number: int, setup: Setup = DEFAULTS) -> str:
     )
 
 
-def save_picture(out: Path, number: int, path: Path, setup: Setup = DEFAULTS) -> list[Row]:
-    """Digits for each row of a table, from one seed at the best guidance scale of all; the rows that are there."""
-    images, rows = [], []
+def samples_to_picture(out: Path, number: int, setup: Setup = DEFAULTS) -> dict[str, Path]:
+    """The samples of each row of a table, by its label: of one seed at the best guidance scale of all."""
+    samples = {}
     for row in TABLES[number].rows:
         found = found_of(out, row.study, setup)
-        if found is None or PICTURED_SEED not in found.results:
-            continue
-        for file in pictured(samples_of(out, row.study, PICTURED_SEED, found.scale)):
-            with Image.open(file) as image:
-                images.append(image.resize((32, 32), Image.Resampling.BICUBIC))
-        rows.append(row)
-    if images:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        picture = grid_image(images, 10 * PICTURED, gap=1)
-        size = (picture.width // 2, picture.height // 2)
-        picture.resize(size, Image.Resampling.LANCZOS).quantize(64).save(path)
-    return rows
+        if found is not None and PICTURED_SEED in found.results:
+            samples[row.label] = samples_of(out, row.study, PICTURED_SEED, found.scale)
+    return samples
 
 
-def section(out: Path, number: int, setup: Setup = DEFAULTS) -> list[str]:
+def save_picture(samples: Iterable[Path], path: Path) -> None:
+    """A row of digits for each of these folders of samples."""
+    images = []
+    for file in (file for folder in samples for file in pictured(folder)):
+        with Image.open(file) as image:
+            images.append(image.resize((32, 32), Image.Resampling.BICUBIC))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    picture = grid_image(images, 10 * PICTURED, gap=1)
+    size = (picture.width // 2, picture.height // 2)
+    picture.resize(size, Image.Resampling.LANCZOS).quantize(64).save(path)
+
+
+def picture_of(out: Path, number: int, setup: Setup, former: list[str]) -> list[str]:
+    """The paragraphs of a table's picture, which is made anew; the former ones where samples of a row are missing."""
+    samples, picture = samples_to_picture(out, number, setup), PICTURE.format(number)
+    missing = [folder.name for folder in samples.values() if not (folder / MANIFEST).exists()]
+    if missing or not samples:
+        log.info("Table %d: its picture stays as it is; missing: %s", number, ", ".join(missing) or "its samples")
+        return [paragraph for paragraph in former if paragraph.startswith(("![", "*"))]
+    save_picture(samples.values(), REPORT.parent / picture)
+    return [
+        f"![Generated digits of Table {number}, a row for each network]({picture})",
+        f"*From top to bottom: {'; '.join(samples)}.*",
+    ]
+
+
+def section(out: Path, number: int, setup: Setup, former: list[str]) -> list[str]:
     """The paragraphs of a table: itself, what made it, its picture; none without a result."""
     rows = table(out, number, setup)
-    if not rows:
-        return []
-    picture = PICTURE.format(number)
-    shown = save_picture(out, number, REPORT.parent / picture, setup)
-    caption = [
-        f"![Generated digits of Table {number}, a row for each network]({picture})",
-        f"*From top to bottom: {'; '.join(row.label for row in shown)}.*",
-    ]
-    return [rows, circumstances(out, number, setup), *(caption if shown else [])]
+    return [rows, circumstances(out, number, setup), *picture_of(out, number, setup, former)] if rows else []
 
 
 def write_report(out: Path, numbers: Iterable[int] = tuple(TABLES), setup: Setup = DEFAULTS) -> None:
@@ -505,12 +514,12 @@ def write_report(out: Path, numbers: Iterable[int] = tuple(TABLES), setup: Setup
         if others:
             names = ", ".join(path.stem for path in others)
             log.info("Table %d: not made with %s, so left out: %s", number, setup.options, names)
-        paragraphs = section(out, number, setup)
+        before, _, rest = text.partition(begin)
+        former, _, after = rest.partition(end)
+        paragraphs = section(out, number, setup, former.split("\n\n"))
         if not paragraphs:
             log.info("Table %d has no results and stays as it is.", number)
             continue
-        before, _, rest = text.partition(begin)
-        _, _, after = rest.partition(end)
         text = before + "\n\n".join([begin, *paragraphs, end]) + after
     REPORT.write_text(text, encoding="utf-8")
 

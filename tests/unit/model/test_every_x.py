@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -12,34 +13,41 @@ from xar_cli.model import XAR
 from xar_cli.model.transformer import init_weights
 from xar_cli.train.objective import velocity_loss
 
-SIDE = 8  # of the grid
-EXAMPLES = settings(max_examples=25, deadline=None)
+SIDE = 8  # of the grid where one is enough
+GRIDS = ((8, 8), (4, 6), (6, 2), (1, 6))
+EXAMPLES = settings(max_examples=12, deadline=None)  # for each kind and context
+every_kind = pytest.mark.parametrize("kind", ["token", "image", "cell", "subsample", "scale"])
+every_context = pytest.mark.parametrize("clean", [False, True], ids=["noisy", "clean"])
 
 
-def network(entity: str, seed: int = 0) -> XAR:
-    model = XAR(pixel_recipe("model={dim: 16, depth: 1, heads: 2}", f"entity={entity}"))
-    init_weights(model, torch.Generator().manual_seed(seed))
+def network(entity: str, grid: tuple[int, int] = (SIDE, SIDE)) -> XAR:
+    size = f"data.image_size={list(grid)}"
+    model = XAR(pixel_recipe("model={dim: 16, depth: 1, heads: 2}", size, f"entity={entity}"))
+    init_weights(model, torch.Generator().manual_seed(0))
     return model.eval()
 
 
-@st.composite
-def entities(draw) -> str:
-    """Any kind with any divisor, in any order."""
-    divisor = st.sampled_from([1, 2, 4, 8])
-    kind = draw(st.sampled_from(["token", "image", "cell", "subsample", "scale"]))
+def divisors(number: int) -> list[int]:
+    return [divisor for divisor in range(1, number + 1) if number % divisor == 0]
+
+
+def draw_network(data: st.DataObject, kind: str) -> XAR:
+    """A network for a kind with any divisors of any grid, in any order."""
+    rows, columns = grid = data.draw(st.sampled_from(GRIDS))
+    size = data.draw(st.sampled_from(divisors(rows))), data.draw(st.sampled_from(divisors(columns)))
     if kind == "image":
-        return "{kind: image}"
+        return network("{kind: image}", grid)
     if kind == "scale":
-        coarse = sorted(draw(st.sets(st.sampled_from([1, 2, 4]))))
-        return f"{{kind: scale, sizes: {[*coarse, SIDE]}, resize: {draw(st.sampled_from(['area', 'bilinear']))}}}"
-    size, count, fields = (draw(divisor), draw(divisor)), SIDE**2, ""
-    if kind == "cell":
-        count, fields = (SIDE // size[0]) * (SIDE // size[1]), f", size: {list(size)}"
-    elif kind == "subsample":
-        stride = draw(st.sampled_from([1, 2, 4]))
-        count, fields = stride**2, f", stride: {stride}"
-    order = draw(st.one_of(st.sampled_from(["raster", "centre_out"]), st.permutations(range(count))))
-    return f"{{kind: {kind}{fields}, order: {order if isinstance(order, str) else list(order)}}}"
+        coarse = sorted({(1, 1), size} - {grid})
+        resize = data.draw(st.sampled_from(["area", "bilinear"]))
+        return network(f"{{kind: scale, sizes: {[list(pair) for pair in (*coarse, grid)]}, resize: {resize}}}", grid)
+    count, fields = {
+        "token": (rows * columns, ""),
+        "cell": (rows // size[0] * (columns // size[1]), f", size: {list(size)}"),
+        "subsample": (size[0] * size[1], f", stride: {list(size)}"),
+    }[kind]
+    order = data.draw(st.one_of(st.sampled_from(["raster", "centre_out"]), st.permutations(range(count))))
+    return network(f"{{kind: {kind}{fields}, order: {order if isinstance(order, str) else list(order)}}}", grid)
 
 
 def inputs(model: XAR, seed: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -48,12 +56,14 @@ def inputs(model: XAR, seed: int) -> tuple[torch.Tensor, torch.Tensor, torch.Ten
     return x, torch.rand(2, grouping.num_entities, generator=rng), torch.tensor([3, 10])
 
 
+@every_kind
+@every_context
 @EXAMPLES
-@given(entities(), st.booleans(), st.data())
+@given(data=st.data())
 @torch.no_grad()
-def test_a_later_entity_never_changes_an_earlier_velocity(entity, clean, data):
+def test_a_later_entity_never_changes_an_earlier_velocity(kind, clean, data):
     """Bit for bit, whether the earlier ones are context as they are noised or as they are in the data."""
-    model = network(entity)
+    model = draw_network(data, kind)
     x_t, t, labels = inputs(model, 0)
     context = inputs(model, 1)[0] if clean else None
     changed = data.draw(st.integers(0, model.grouping.num_entities - 1))
@@ -68,30 +78,38 @@ def test_a_later_entity_never_changes_an_earlier_velocity(entity, clean, data):
     assert not torch.equal(before[:, place], after[:, place])
 
 
+@every_kind
+@every_context
 @EXAMPLES
-@given(entities())
+@given(data=st.data())
 @torch.no_grad()
-def test_cached_equals_uncached(entity):
-    model = network(entity)
+def test_cached_equals_uncached(kind, clean, data):
+    """With clean context the earlier entities are committed as sampling does it: finished, at t = 0."""
+    model = draw_network(data, kind)
     x, t, labels = inputs(model, 0)
-    whole = model(x, t, labels)
+    context = inputs(model, 1)[0] if clean else None
+    whole = model(x, t, labels, context=context)
     cache = model.new_cache(2, torch.float32)
     for j, length in enumerate(model.grouping.lengths):
         place = model.grouping.span(j)
         velocity = model(x[:, place], t[:, j : j + 1], labels, j, cache)
         torch.testing.assert_close(velocity, whole[:, place], rtol=1e-4, atol=1e-5)
+        if context is not None:
+            model(context[:, place], torch.zeros(2, 1), labels, j, cache)
         cache.commit(length)
 
 
+@every_kind
 @EXAMPLES
-@given(entities(), st.integers(0, 2**16))
-def test_ordering_inverts_exactly(entity, seed):
-    grouping = network(entity).grouping
-    latents = torch.randn(2, 3, SIDE, SIDE, generator=torch.Generator().manual_seed(seed))
+@given(data=st.data(), seed=st.integers(0, 2**16))
+def test_ordering_inverts_exactly(kind, data, seed):
+    grouping = draw_network(data, kind).grouping
+    rows, columns = grouping.grid
+    latents = torch.randn(2, 3, rows, columns, generator=torch.Generator().manual_seed(seed))
     assert torch.equal(grouping.to_latents(grouping.to_tokens(latents)), latents)
-    if grouping.num_tokens == SIDE**2:  # not the scales
-        places = grouping.to_tokens(torch.arange(SIDE**2).float().view(1, 1, SIDE, SIDE)).flatten()
-        assert torch.equal(places.sort().values, torch.arange(SIDE**2).float())
+    if grouping.num_tokens == rows * columns:  # not the scales
+        numbers = torch.arange(rows * columns).float()
+        assert torch.equal(grouping.to_tokens(numbers.view(1, 1, rows, columns)).flatten().sort().values, numbers)
 
 
 @torch.no_grad()
