@@ -97,7 +97,7 @@ def latest_checkpoint(run: RunDir) -> Checkpoint | None:
         UserError: there are checkpoints and none is whole, or the newest ones cannot be read.
     """
     faults: dict[str, str] = {}
-    for folder in reversed(_folders_to_read(run)):
+    for folder in reversed(folders_to_read(run)):
         fault = _fault(folder)
         if fault is None:
             for name, why in faults.items():
@@ -119,7 +119,7 @@ def set_aside_newer(run: RunDir, step: int) -> None:
     Raises:
         UserError: one cannot be renamed.
     """
-    for folder in _folders_to_read(run):
+    for folder in folders_to_read(run):
         if step_of(folder) > step:
             try:
                 _set_aside(folder)
@@ -251,7 +251,7 @@ def _folder(run: RunDir, step: int) -> Path:
     return run.checkpoints / f"step-{step:08d}"
 
 
-def _folders_to_read(run: RunDir) -> list[Path]:
+def folders_to_read(run: RunDir) -> list[Path]:
     """The checkpoint folders of a run; that they cannot be read is a UserError."""
     try:
         return run.checkpoint_folders()

@@ -30,7 +30,7 @@ from xar_cli.sample.manifest import FREE_KEYS, make_manifest
 from xar_cli.sample.network import SamplingNetwork
 from xar_cli.sample.request import build_settings, sampling_overrides
 from xar_cli.sample.settings import SampleSettings
-from xar_cli.sample.stage import batches, draw_images, expect_images, load_codec, ready_network
+from xar_cli.sample.stage import batches, draw_images, expect_images, load_codec, load_network
 from xar_cli.weights import open_weights
 
 
@@ -167,7 +167,7 @@ class _Source:
         """The network; not loaded where all features are in the cache."""
         share = -(-self.sampling.count // self.ranks.world_size)
         expect_images(self.sampling.config, self.codec, share)
-        return ready_network(self.sampling.config, self._weights.load(self.ranks.device), share)
+        return load_network(self.sampling.config, lambda: self._weights.load(self.ranks.device), share)
 
     def images(self, sampling: SampleSettings, keep_features: bool = True) -> GeneratedImages:
         """The images that `xar sample` would write with these settings, drawn when they are asked for."""

@@ -16,8 +16,8 @@ from xar_cli.model.entities import Grouping
 from xar_cli.sample.images import to_pil
 from xar_cli.sample.noise import balanced_label
 from xar_cli.sample.settings import SampleSettings
-from xar_cli.sample.stage import describe_settings, draw_images, load_codec, ready_network, save_picture
-from xar_cli.weights import load_weights
+from xar_cli.sample.stage import describe_settings, draw_images, load_codec, load_network, save_picture
+from xar_cli.weights import open_weights
 
 T = TypeVar("T")
 MAX_ROWS, MAX_COLUMNS = 8, 8
@@ -50,15 +50,15 @@ def explain(settings: SampleSettings) -> dict[str, Any]:
         if not ranks.is_main:
             return {}
         config = settings.config
-        model, _ = load_weights(settings.weights, config, ema=settings.ema, device=ranks.device)
+        weights = open_weights(settings.weights, config, ema=settings.ema)
         codec = load_codec(settings, ranks.device)
-        record = Recorder(model.grouping)
         label = balanced_label(settings.seed, 0, settings.classes)
-        network = ready_network(config, model, 1)
+        network = load_network(config, lambda: weights.load(ranks.device), 1)
+        record = Recorder(network.grouping)
         draw_images(config, network, codec, settings.seed, [0], [label], ranks.device, record.note)
-        rows = choose(record.moments, model.grouping.num_entities)
+        rows = choose(record.moments, network.grouping.num_entities)
         tiles = [[codec.images(moment.latents[None])[0].cpu().numpy() for moment in row] for row in rows]
-    save_picture(picture(rows, tiles, model.grouping.num_entities), settings.picture)
+    save_picture(picture(rows, tiles, network.grouping.num_entities), settings.picture)
     return {"picture": str(settings.picture)}
 
 

@@ -57,11 +57,10 @@ def sample(settings: SampleSettings) -> dict[str, Any]:
         seconds = slowest = 0.0
         with _disk_errors(settings.out):
             if mine:
-                with memory_for("The network", "Draw on a larger device, or with --set train.precision=bf16."):
-                    network = ready_network(settings.config, weights.load(ranks.device), len(mine))
-                expect_images(settings.config, codec, len(mine))
-                began = time.monotonic()
                 try:
+                    network = load_network(settings.config, lambda: weights.load(ranks.device), len(mine))
+                    expect_images(settings.config, codec, len(mine))
+                    began = time.monotonic()
                     slowest = _draw(settings, manifest["labels"], mine, network, codec, ranks)
                 except UserError:
                     if ranks.world_size == 1:
@@ -135,6 +134,22 @@ def ready_network(config: Config, model: XAR, images: int) -> SamplingNetwork:
     work = images * flops_per_image(config, SamplingPlan.of(config))
     compiled = config.sample.compile and compile_pays(work, model.rope.device)
     return prepare_network(model, config.train.precision, compiled, recorded=config.sample.compile)
+
+
+def load_network(config: Config, load: Callable[[], XAR], images: int) -> SamplingNetwork:
+    """As `ready_network`, of a network that `load` puts on its device.
+
+    Raises:
+        UserError: as `load`, or it does not fit into the device's memory (exit code 1).
+    """
+    with memory_for("The network", _with_less_memory(config)):
+        return ready_network(config, load(), images)
+
+
+def _with_less_memory(config: Config) -> str:
+    """How to draw where even one image does not fit."""
+    wide = config.train.precision in ("fp32", "tf32")
+    return "Draw on a larger device" + (", or with --set train.precision=bf16." if wide else ".")
 
 
 def describe_speed(config: Config, ranks: Ranks) -> str:
@@ -244,7 +259,11 @@ def queue_images(
     """As `draw_images`, without waiting for a GPU: uint8 images, and which of them (B,) were finite before."""
     noise = AddressedNoise(seed, indices, config.latent_channels, device)
     classes = torch.tensor(labels).to(device, non_blocking=True)
-    with memory_for(f"Drawing {len(indices)} images at a time", "Lower --batch-size, or --set sample.batch_size."):
+    several = len(indices) > 1
+    with memory_for(
+        f"Drawing {len(indices)} images at a time" if several else "Drawing an image",
+        "Lower --batch-size, or --set sample.batch_size." if several else _with_less_memory(config),
+    ):
         with autocast(config.train.precision, device):
             latents = sample_latents(network, classes, noise, SamplingPlan.of(config), observe)
         pixels = codec.decode(latents)

@@ -15,7 +15,7 @@ from typing import Any
 
 from torch import Tensor
 
-from xar_cli.checkpoint import Checkpoint, CheckpointWriter, latest_checkpoint, set_aside_newer
+from xar_cli.checkpoint import Checkpoint, CheckpointWriter, folders_to_read, latest_checkpoint, set_aside_newer
 from xar_cli.config.schema import Config, Section
 from xar_cli.data.latents import LatentReader
 from xar_cli.data.loader import LatentLoader
@@ -192,7 +192,7 @@ def dry_run_plan(
         if RunDir(out).exists():
             check_data(RunDir(out), reader)
     run = check_run(out, config, plan.disk_bytes, allow_recipe_change)
-    check_start(run, init_from, goes_on=bool(run.checkpoint_steps()))
+    check_start(run, init_from, goes_on=bool(folders_to_read(run)))
     return replace(plan, device_bytes=memory_of_rank(picked, ranks_here))
 
 

@@ -1,5 +1,6 @@
 """Looking at a run while it trains, and starting from weights that exist."""
 
+import json
 import os
 import shutil
 import signal
@@ -13,13 +14,14 @@ from tests.caches import make_cache, make_images, make_layout
 from tests.runs import final_tensors, settings, small_recipe
 from xar_cli.checkpoint import latest_checkpoint
 from xar_cli.config import load_config_file, load_recipe
+from xar_cli.distributed import Ranks
 from xar_cli.errors import UserError
 from xar_cli.evaluate.networks import DigitNetwork
 from xar_cli.logs import log, read_metrics
 from xar_cli.model import build_grouping
 from xar_cli.run_dir import RunDir
 from xar_cli.sample import stage
-from xar_cli.train import preview
+from xar_cli.train import loop, preview
 from xar_cli.train.loop import dry_run_plan, train
 from xar_cli.train.preview import Measure, check_looks
 from xar_cli.train.status import run_status
@@ -187,13 +189,32 @@ def test_memory_that_does_not_suffice_for_a_look_does_not_end_the_run(data, tmp_
     assert f"The {what} of step 5 failed, and the run goes on: Drawing 4 images at a time does not fit" in caplog.text
 
 
+def test_a_network_that_one_rank_cannot_hold_is_drawn_by_none(data, tmp_path, monkeypatch, caplog):
+    """The error is exchanged: no rank waits for one that has gone on."""
+    told = []
+
+    def full(*_):
+        raise torch.cuda.OutOfMemoryError("CUDA out of memory.")
+
+    def gather(self, value):
+        told.append(value)
+        return [value]
+
+    log.propagate = True  # for caplog
+    monkeypatch.setattr(preview, "ready_network", full)
+    monkeypatch.setattr(Ranks, "gather", gather)
+    train(settings(small_recipe("train.preview_every=5", "train.epochs=1"), data, tmp_path / "run"))
+    assert "The preview of step 5 failed, and the run goes on: A copy of the network" in caplog.text
+    assert "A copy of the network" in str(next(value for value in told if isinstance(value, UserError)))
+
+
 LOOKING = ("train.preview_every=5", "train.preview_count=9", "train.eval_every=1", "train.eval_count=12",
            "evaluate.protocol=digits")  # fmt: skip
 
 
 @pytest.mark.parametrize(("batch", "step"), [(0, 5), (2, 5), (3, 6)])
 def test_a_signal_while_drawing_stops_and_what_it_left_out_is_made_later(data, tmp_path, monkeypatch, batch, step):
-    """The grid of step 5 takes batches 0 and 1, its evaluation 2 and 3; no checkpoint is due there.
+    """The grid of step 5 takes batches 0 and 1, its evaluation 2 and 3; before them a checkpoint was written.
 
     A signal in the last batch finds nothing to interrupt, and stops the run after the next step.
     """
@@ -219,6 +240,38 @@ def test_a_signal_while_drawing_stops_and_what_it_left_out_is_made_later(data, t
     records = read_metrics(RunDir(out).metrics)
     assert [record["step"] for record in records if "evaluation" in record] == [5, 10]
     assert run_status(RunDir(out)).state == "finished"
+
+
+def test_a_signal_while_a_grid_is_drawn_writes_the_checkpoint_and_the_record(data, tmp_path, monkeypatch):
+    """None is due at step 5: without them its steps would be lost. Meanwhile the run says that it is saving."""
+    out, states = RunDir(tmp_path / "run"), []
+
+    def draw_images(*arguments, real=preview.draw_images, **options):
+        os.kill(os.getpid(), signal.SIGTERM)
+        return real(*arguments, **options)
+
+    def finish(*arguments, real=loop._finish_writing):
+        states.append(json.loads(out.status.read_text())["state"])
+        return real(*arguments)
+
+    monkeypatch.setattr(preview, "draw_images", draw_images)
+    monkeypatch.setattr(loop, "_finish_writing", finish)
+    due = ("train.preview_every=5", "train.preview_count=9", "train.checkpoint_every=100", "train.log_every=100")
+    with pytest.raises(UserError, match="Stopped by SIGTERM after step 5; a checkpoint is written"):
+        train(settings(small_recipe(*due), data, out.root))
+    assert latest_checkpoint(out).step == 5
+    assert [record["step"] for record in read_metrics(out.metrics)] == [5]
+    assert states == ["saving"]
+
+
+@pytest.mark.parametrize("going_on", [False, True], ids=["dry run", "run"])
+def test_checkpoints_that_cannot_be_read_are_a_sentence(data, tmp_path, going_on):
+    config, out = small_recipe("train.epochs=0.2"), tmp_path / "run"
+    train(settings(config, data, out))
+    shutil.rmtree(out / "checkpoints")
+    (out / "checkpoints").write_text("not a folder")
+    with pytest.raises(UserError, match=r"checkpoints' cannot be read"):
+        train(settings(config, data, out)) if going_on else dry_run_plan(config, data, out, 1)
 
 
 def test_the_last_evaluation_is_made_up_for(run, data, tmp_path):
