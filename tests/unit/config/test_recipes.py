@@ -94,6 +94,21 @@ def test_another_kind_by_override_drops_the_keys_of_the_one_before():
         load_recipe("base", ["entity.stride=2", "entity.kind=token"])
 
 
+@pytest.mark.parametrize("key", ["kind", "model.kind"])
+def test_a_kind_where_there_are_none_is_an_unknown_key_and_nothing_else(key):
+    with pytest.raises(UserError, match=rf"has 1 fault:\n  {key}: unknown key"):
+        load_recipe("base", [f"{key}=token"])
+
+
+def test_the_same_kind_said_again_keeps_what_is_not_said(tmp_path):
+    whole, one_key = "tokenizer={kind: pixels, patch: 1}", "tokenizer.patch=1"
+    assert load_recipe("tiny", [whole]) == load_recipe("tiny", [one_key])
+    assert load_recipe("tiny", [whole]).tokenizer.latent_scale == 1.33
+    path = tmp_path / "mine.yaml"
+    path.write_text("extends: tiny\ntokenizer: {kind: pixels, patch: 1}\nentity: {kind: token}\n")
+    assert load_recipe(str(path)) == load_recipe("tiny", [one_key, "entity.kind=token"])
+
+
 def test_a_recipe_may_extend_one_that_extends_another(tmp_path):
     path = tmp_path / "mine.yaml"
     path.write_text("name: mine\nextends: ablations/entity-token\ntrain: {epochs: 7}\n")
@@ -186,7 +201,53 @@ def test_scientific_notation_without_a_dot_is_a_number():
     assert load_recipe("base", ["train.base_lr=5e-5"]).train.base_lr == 5e-5
 
 
-@pytest.mark.parametrize("content", ["- a list\n", "a: [1\n", None])
+def test_numbers_are_read_to_the_base_10(tmp_path):
+    path = tmp_path / "mine.yaml"
+    path.write_text("extends: tiny\ndata: {num_images: 0100}\nsample: {num_steps: 010}\ntrain: {seed: 1_000}\n")
+    config = load_recipe(str(path), ["train.epochs=010", "train.global_batch_size=+032"])
+    assert (config.data.num_images, config.sample.num_steps, config.train.seed) == (100, 10, 1000)
+    assert (config.train.epochs, config.train.global_batch_size) == (10, 32)
+
+
+@pytest.mark.parametrize("value", ["0x10", "0b11", "1:30", "0b_", "2026-02-30", "on", "yes", "true"])
+def test_what_is_no_decimal_number_is_text(value):
+    key, name = "train.global_batch_size", f"name={value}"
+    with pytest.raises(UserError, match=rf"{key}: Input should be a valid integer.*\(got '{value}'\)"):
+        load_recipe("tiny", [f"{key}={value}"])
+    assert load_recipe("tiny", [name]).name == value
+
+
+@pytest.mark.parametrize(("value", "means"), [("on", True), ("no", False), ("True", True), ("false", False)])
+def test_true_and_false_are_taken_where_they_are_asked_for(value, means):
+    assert load_recipe("tiny", [f"train.compile={value}"]).train.compile is means
+
+
+def test_a_name_that_looks_like_another_value_survives_being_written_down(tmp_path):
+    for name in ("010", "0x10", "089", "2026-02-28", "on", "1:30", "1e5"):
+        config = validate(load_recipe("tiny").model_dump(mode="json") | {"name": name}, "x")
+        path = tmp_path / "config.yaml"
+        path.write_text(dump_config(config))
+        assert load_config_file(path) == config
+
+
+def test_a_key_given_twice_is_refused_with_its_line(tmp_path):
+    path = tmp_path / "mine.yaml"
+    path.write_text("extends: tiny\ntrain: {epochs: 3}\nname: mine\ntrain: {seed: 2}\n")
+    with pytest.raises(UserError, match=r"'train' stands there twice.* line 4, column 1") as caught:
+        load_recipe(str(path))
+    assert caught.value.next_step == "Mend the file at that place."
+    with pytest.raises(UserError, match="'epochs' stands there twice"):
+        load_recipe("tiny", ["train={epochs: 3, seed: 1, epochs: 4}"])
+
+
+def test_merge_keys_may_say_a_key_again(tmp_path):
+    path = tmp_path / "mine.yaml"
+    path.write_text("extends: tiny\nmodel: {<<: {depth: 1, heads: 2}, <<: {dim: 64}, depth: 3}\n")
+    config = load_recipe(str(path))
+    assert (config.model.dim, config.model.depth, config.model.heads) == (64, 3, 2)
+
+
+@pytest.mark.parametrize("content", ["- a list\n", "a: [1\n", "a: !!int b\n", None])
 def test_unreadable_files(content, tmp_path):
     path = tmp_path / "mine.yaml"
     if content is not None:
