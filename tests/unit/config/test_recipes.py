@@ -151,6 +151,12 @@ def test_a_changed_recipe_is_expected_to_give_nothing(change, expected):
         (["sample.num_steps=1"], "needs num_steps of 2 or more"),
         (["train.decay_start_fraction=0.1"], "must not lie before warmup_fraction"),
         (["train.ema_decays=[1.0]"], "must lie in"),
+        (["train.betas=[1.0, 0.96]"], "train.betas.0: Input should be less than 1"),
+        (["train.betas=[0.9, -0.1]"], "train.betas.1: Input should be greater than or equal to 0"),
+        (["train.seed=18446744073709551616"], "train.seed: Input should be less than 18446744073709551616"),
+        (["train.max_batch_per_rank=foo"], "1 fault:\n  train.max_batch_per_rank: must be a whole number above 0"),
+        (["train.max_batch_per_rank=0"], "1 fault:\n  train.max_batch_per_rank: must be a whole number above 0"),
+        (["sample.num_steps=²"], "sample.num_steps: must be a whole number from 1 to 1000"),
         (["entity={kind: subsample, stride: 3}"], "entity.stride 3 does not divide"),
         (["entity={kind: subsample, stride: [2, 3]}"], "entity.stride 2 x 3 does not divide the 16 x 16 grid"),
         (["entity={kind: scale, sizes: [1, 2, 8]}"], "is not the 16 x 16 grid"),
@@ -199,6 +205,12 @@ def test_override_keeps_the_rest():
 
 def test_scientific_notation_without_a_dot_is_a_number():
     assert load_recipe("base", ["train.base_lr=5e-5"]).train.base_lr == 5e-5
+
+
+def test_the_largest_seed_is_taken():
+    config = load_recipe("tiny", [f"train.seed={2**64 - 1}"])
+    assert Config.model_validate_json(config.model_dump_json()).train.seed == 2**64 - 1
+    torch.Generator().manual_seed(config.train.seed)
 
 
 def test_numbers_are_read_to_the_base_10(tmp_path):
