@@ -45,9 +45,10 @@ def validate(
     as_json: JsonOption = False,
 ) -> None:
     """Check one recipe; every fault is reported at once, with exit code 2."""
-    from xar_cli.config import load_recipe
+    from xar_cli.config import check_new_run, load_recipe
 
     config = load_recipe(name, overrides or ())
+    check_new_run(config)
     typer.echo(json.dumps({"valid": True, "name": config.name}) if as_json else f"{name} is valid ({config.name})")
 
 

@@ -175,12 +175,22 @@ def validate(values: Mapping[str, Any], source: str) -> Config:
     try:
         return Config.model_validate(values)
     except ValidationError as error:
-        faults = "\n".join(f"  {_describe(fault)}" for fault in error.errors())
-        count = error.error_count()
-        raise UserError(
-            f"{source} has {count} {'fault' if count == 1 else 'faults'}:\n{faults}\n",
-            "Mend these keys; `xar recipes show tiny` prints a whole recipe.",
-        ) from None
+        raise _faulty(source, [_describe(fault) for fault in error.errors()]) from None
+
+
+def check_new_run(config: Config) -> None:
+    """Raise a UserError where no run should begin with a config, though one that has begun may go on with it."""
+    faults = config.faults_of_a_new_run()
+    if faults:
+        raise _faulty(f"The recipe {config.name}", faults)
+
+
+def _faulty(source: str, faults: Sequence[str]) -> UserError:
+    listed = "\n".join(f"  {fault}" for fault in faults)
+    return UserError(
+        f"{source} has {len(faults)} {'fault' if len(faults) == 1 else 'faults'}:\n{listed}\n",
+        "Mend these keys; `xar recipes show tiny` prints a whole recipe.",
+    )
 
 
 def override(config: Config, overrides: Sequence[str]) -> Config:

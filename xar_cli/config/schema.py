@@ -7,9 +7,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from itertools import pairwise
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PositiveInt, model_validator
+
+from xar_cli.errors import did_you_mean
 
 KL16_STRIDE = 16  # of the KL-16 tokenizer: 256 pixels -> 16 latent positions
 KL16_CHANNELS = 16
@@ -341,6 +343,13 @@ class TrainConfig(Section):
         """Peak learning rate: base_lr * global_batch_size / 256."""
         return self.base_lr * self.global_batch_size / LR_BATCH_UNIT
 
+    def faults_of_a_new_run(self) -> list[str]:
+        """As of the whole recipe, `Config.faults_of_a_new_run`."""
+        if self.min_lr <= self.lr:
+            return []
+        peak = f"{self.lr:g} (base_lr {self.base_lr:g} * {self.global_batch_size} / {LR_BATCH_UNIT})"
+        return [f"train.min_lr: {self.min_lr:g} is above the peak learning rate, {peak}: it would rise at the end"]
+
     @model_validator(mode="after")
     def _check(self) -> TrainConfig:
         if self.decay_start_fraction < self.warmup_fraction:
@@ -410,11 +419,26 @@ class SampleConfig(Section):
         return self
 
 
+ProtocolName = Literal["adm", "torch-fidelity", "clean-fid", "digits"]  # evaluate/protocols.py says what they are
+
+
 class EvaluateConfig(Section):
     """How results are judged."""
 
-    protocol: str = Field(description="Evaluation protocol: which network, resize rule and library.")
-    count: int = Field(gt=0, description="Generated images that the metric is computed on.")
+    protocol: str = Field(
+        description=f"Evaluation protocol: {', '.join(get_args(ProtocolName))}; several with commas. It says which "
+        "network, resize rule and library."
+    )
+    count: int = Field(gt=0, description="Generated images that the metric is computed on, 2 or more.")
+
+    def faults_of_a_new_run(self) -> list[str]:
+        """As of the whole recipe, `Config.faults_of_a_new_run`."""
+        known = get_args(ProtocolName)
+        unknown = [name for name in map(str.strip, self.protocol.split(",")) if name not in known]
+        faults = [f"evaluate.protocol: there is no protocol '{name}'. {did_you_mean(name, known)}" for name in unknown]
+        if self.count == 1:
+            faults.append("evaluate.count: one image is no distribution (got 1)")
+        return faults
 
 
 class Published(Section):
@@ -470,6 +494,10 @@ class Config(Section):
     def null_label(self) -> int:
         """The label that stands for 'no class': one past the last."""
         return self.data.num_classes
+
+    def faults_of_a_new_run(self) -> list[str]:
+        """What no run should begin with, a line each; runs and weights that have it already load all the same."""
+        return [*self.train.faults_of_a_new_run(), *self.evaluate.faults_of_a_new_run()]
 
     @model_validator(mode="after")
     def _check(self) -> Config:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from xar_cli.config.schema import ProtocolName
 from xar_cli.errors import UserError, did_you_mean
 from xar_cli.evaluate.networks import DIGITS, INCEPTION, INCEPTION_CLEAN, VGG16
 
@@ -25,7 +26,7 @@ class Protocol:
         description: in a sentence.
     """
 
-    name: str
+    name: ProtocolName
     network: str
     metrics: tuple[str, ...]
     precision_network: str
@@ -45,7 +46,7 @@ class Protocol:
         return found
 
 
-PROTOCOLS = {
+PROTOCOLS: dict[str, Protocol] = {
     protocol.name: protocol
     for protocol in (
         Protocol(

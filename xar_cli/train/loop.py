@@ -16,7 +16,8 @@ from typing import Any
 from torch import Tensor
 
 from xar_cli.checkpoint import Checkpoint, CheckpointWriter, latest_checkpoint, set_aside_newer
-from xar_cli.config.schema import Config, Section
+from xar_cli.config import Config, check_new_run
+from xar_cli.config.schema import Section
 from xar_cli.data.latents import LatentReader
 from xar_cli.data.loader import LatentLoader
 from xar_cli.data.sharding import SampleStream
@@ -177,6 +178,7 @@ def dry_run_plan(
     check_loggers(config.train.loggers)
     require_reference(config, reference)
     if data is None:
+        check_new_run(config)
         return make_plan(config, world_size, config.data.num_images)
     check_looks(config, tokenizer_weights, reference, measure or Measure())
     if init_from is not None and parse_hub_name(init_from) is None:

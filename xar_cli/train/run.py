@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from xar_cli import __version__
-from xar_cli.config import Config, dump_config, load_config_file
+from xar_cli.config import Config, check_new_run, dump_config, load_config_file
 from xar_cli.data.latents import LatentReader
 from xar_cli.distributed import Ranks
 from xar_cli.errors import UserError
@@ -89,12 +89,15 @@ def check_run(out: Path, config: Config, needed_bytes: int, allow_change: bool =
         allow_change: accept a changed recipe where the checkpoints still hold.
 
     Raises:
-        UserError: the folder holds something else, or a run with another recipe, or its disk is too small.
+        UserError: the folder holds something else, or a run with another recipe, or its disk is too small; or the
+            recipe is one that no run should begin with.
     """
     run = RunDir(out)
     if run.exists():
         _check_changes(run, config, allow_change)
         needed_bytes -= sum(file.stat().st_size for file in run.checkpoints.glob("step-*/*"))
+    else:
+        check_new_run(config)
     _check_place(run)
     require_writable(out, max(needed_bytes, 0), "checkpoints")
     return run

@@ -13,7 +13,15 @@ import torch
 from typer.testing import CliRunner
 
 from xar_cli.cli.app import app
-from xar_cli.config import Config, dump_config, list_recipes, load_config_file, load_recipe, published_result
+from xar_cli.config import (
+    Config,
+    check_new_run,
+    dump_config,
+    list_recipes,
+    load_config_file,
+    load_recipe,
+    published_result,
+)
 from xar_cli.config.recipes import json_schema, override, validate
 from xar_cli.config.reference import config_reference
 from xar_cli.config.schema import SubsampleEntity, TokenEntity
@@ -36,6 +44,7 @@ def test_every_shipped_recipe_is_valid_and_reloads_to_an_equal_object(name, tmp_
     path.write_text(dump_config(config))
     assert load_config_file(path) == config
     assert config.name == name
+    check_new_run(config)
 
 
 @pytest.mark.parametrize("name", PUBLISHED)
@@ -174,6 +183,27 @@ def test_values_that_do_not_fit_together_are_refused(overrides, message):
     with pytest.raises(UserError) as caught:
         load_recipe("base", overrides)
     assert message in caught.value.message
+
+
+@pytest.mark.parametrize("command", [("recipes", "validate", "base"), ("train", "--recipe", "base", "--dry-run")])
+def test_faults_of_a_new_run_are_told_together(command):
+    """They load all the same: runs and weights of earlier versions may hold them."""
+    changes = ["train.global_batch_size=32", "evaluate.protocol=adm, admm", "evaluate.count=1"]
+    sets = [word for change in changes for word in ("--set", change)]
+    with pytest.raises(UserError) as caught:
+        CliRunner().invoke(app, [*command, *sets], catch_exceptions=False)
+    assert caught.value.message.splitlines() == [
+        "The recipe base has 3 faults:",
+        "  train.min_lr: 1e-05 is above the peak learning rate, 6.25e-06 (base_lr 5e-05 * 32 / 256): it would rise at the end",
+        "  evaluate.protocol: there is no protocol 'admm'. Did you mean 'adm'?",
+        "  evaluate.count: one image is no distribution (got 1)",
+    ]
+    stored = load_recipe("base", changes)
+    assert validate(stored.model_dump(mode="json"), "as stored") == stored
+
+
+def test_several_protocols_are_no_fault():
+    check_new_run(load_recipe("base", ["evaluate.protocol=adm, clean-fid", "evaluate.count=2"]))
 
 
 @pytest.mark.parametrize("entity", ["{kind: token}", "{kind: image}", "{kind: subsample, stride: 4}"])
