@@ -57,7 +57,6 @@ def schema(
     markdown: Annotated[bool, typer.Option("--markdown", help="A page for people instead: docs/config.md.")] = False,
 ) -> None:
     """Print the JSON Schema of a recipe, for editors that complete YAML."""
-    from xar_cli.config.recipes import json_schema
-    from xar_cli.config.reference import config_reference
+    from xar_cli.config.reference import config_reference, json_schema
 
     typer.echo(config_reference() if markdown else json_schema(), nl=not markdown)

@@ -5,7 +5,6 @@ All faults of a recipe are reported at once, each with the nearest key that exis
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -205,11 +204,6 @@ def dump_config(config: Config) -> str:
     return yaml.safe_dump(config.model_dump(mode="json", exclude_none=True), sort_keys=False, allow_unicode=True)
 
 
-def json_schema() -> str:
-    """The JSON Schema of a recipe, for editors that complete YAML."""
-    return json.dumps(Config.model_json_schema(), indent=2)
-
-
 def _apply_overrides(values: dict[str, Any], overrides: Sequence[str]) -> None:
     """Lay overrides over values; a kind comes before what is said of it."""
     for text in sorted(overrides, key=lambda text: not text.partition("=")[0].endswith(".kind")):
@@ -274,4 +268,5 @@ def _known_keys(path: Sequence[Any], kind: str) -> list[str]:
                 if "$ref" in option:
                     found.append(schema["$defs"][option["$ref"].rsplit("/", 1)[1]])
         nodes = found
-    return [key for node in nodes for key in node.get("properties", {})]
+    of_the_file = [] if path else ["extends"]
+    return of_the_file + [key for node in nodes for key in node.get("properties", {})]

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from xar_cli.config.schema import ProtocolName
 from xar_cli.errors import UserError, did_you_mean
 from xar_cli.evaluate.networks import DIGITS, INCEPTION, INCEPTION_CLEAN, VGG16
 
@@ -18,7 +17,7 @@ class Protocol:
     """One way to measure.
 
     Attributes:
-        name: as `--protocol` takes it.
+        name: as `--protocol` takes it; one of the schema's `ProtocolName`.
         network: whose features the Frechet distance is taken in.
         metrics: what it reports, in order.
         precision_network: whose features precision and recall are taken in.
@@ -26,7 +25,7 @@ class Protocol:
         description: in a sentence.
     """
 
-    name: ProtocolName
+    name: str
     network: str
     metrics: tuple[str, ...]
     precision_network: str

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from typer.testing import CliRunner
 
 from xar_cli.cli.app import app
@@ -22,8 +23,8 @@ from xar_cli.config import (
     load_recipe,
     published_result,
 )
-from xar_cli.config.recipes import json_schema, override, validate
-from xar_cli.config.reference import config_reference
+from xar_cli.config.recipes import override, validate
+from xar_cli.config.reference import config_reference, json_schema
 from xar_cli.config.schema import SubsampleEntity, TokenEntity
 from xar_cli.errors import UserError
 from xar_cli.model import XAR
@@ -194,7 +195,8 @@ def test_faults_of_a_new_run_are_told_together(command):
         CliRunner().invoke(app, [*command, *sets], catch_exceptions=False)
     assert caught.value.message.splitlines() == [
         "The recipe base has 3 faults:",
-        "  train.min_lr: 1e-05 is above the peak learning rate, 6.25e-06 (base_lr 5e-05 * 32 / 256): it would rise at the end",
+        "  train.min_lr: 1e-05 is above the peak learning rate, 6.25e-06 (base_lr 5e-05 * 32 / 256): "
+        "it would rise at the end",
         "  evaluate.protocol: there is no protocol 'admm'. Did you mean 'adm'?",
         "  evaluate.count: one image is no distribution (got 1)",
     ]
@@ -309,6 +311,54 @@ def test_json_schema_describes_every_key():
     assert schema["properties"]["train"]
     fields = schema["$defs"]["TrainConfig"]["properties"]
     assert all("description" in field for field in fields.values())
+
+
+def fits(value, rule, whole) -> bool:
+    """Whether a value fits a JSON Schema, of whose words these are looked at."""
+    if "$ref" in rule:
+        return fits(value, whole["$defs"][rule["$ref"].rpartition("/")[2]], whole)
+    if "if" in rule and fits(value, rule["if"], whole) and not fits(value, rule["then"], whole):
+        return False
+    if "not" in rule and fits(value, rule["not"], whole):
+        return False
+    if "anyOf" in rule and not any(fits(value, option, whole) for option in rule["anyOf"]):
+        return False
+    if "const" in rule and value != rule["const"]:
+        return False
+    if rule.get("type") in ("object", "null") and isinstance(value, dict) != (rule["type"] == "object"):
+        return False
+    if not isinstance(value, dict):
+        return True
+    known, keys = rule.get("properties", {}), value.keys()
+    unknown = rule.get("additionalProperties", True) is False and keys - known.keys()
+    fields = all(fits(value[key], known[key], whole) for key in keys & known.keys())
+    return fields and not unknown and keys >= set(rule.get("required", ()))
+
+
+def test_an_editor_takes_every_shipped_recipe_and_sees_what_is_wrong():
+    schema = json.loads(json_schema())
+    files = {name: yaml.safe_load(path.read_text()) for name, path in list_recipes().items()}
+    assert all(fits(values, schema, schema) for values in files.values())
+    base, token = files["base"], files["ablations/entity-token"]
+    assert fits({"extends": "base", "entity": {"order": "centre_out"}}, schema, schema)
+    for wrong in (
+        {key: value for key, value in base.items() if key != "sample"},
+        {**base, "train": {**base["train"], "epohcs": 3}},
+        {**base, "train": {key: value for key, value in base["train"].items() if key != "epochs"}},
+        {**base, "entity": {"kind": "cell"}},
+        {**base, "entity": {"size": 8}},
+        {**base, "published": {"fid": 1.0}},
+        {**token, "colour": "red"},
+        {**token, "entity": {"kind": "token", "size": 1}},
+    ):
+        assert not fits(wrong, schema, schema), wrong
+
+
+def test_extends_misspelt_is_offered(tmp_path):
+    path = tmp_path / "mine.yaml"
+    path.write_text("extend: base\n")
+    with pytest.raises(UserError, match="extend: unknown key; did you mean 'extends'"):
+        load_recipe(str(path))
 
 
 def test_validate_names_its_source():
