@@ -16,7 +16,7 @@ from xar_cli.distributed import Ranks
 from xar_cli.errors import UserError
 from xar_cli.lock import JobLock
 from xar_cli.logs import log, read_metrics
-from xar_cli.run_dir import RunDir, require_writable, write_atomic, write_json
+from xar_cli.run_dir import RunDir, is_there, require_writable, write_atomic, write_json
 from xar_cli.train.initial import source_name
 
 # Changes under which a run stays the run it is; --allow-recipe-change accepts them.
@@ -238,7 +238,7 @@ def config_differences(old: Config, new: Config) -> dict[str, str]:
 def _check_place(run: RunDir) -> None:
     """Raise a UserError where neither a run is, nor room for one."""
     out = run.root
-    if not out.exists() or run.exists():
+    if not is_there(out) or run.exists():
         return
     if not out.is_dir() or not set(out.iterdir()) <= _left_by_a_killed_start(run):
         raise UserError(f"'{out}' is not empty and is not a run folder.", "Give another --out.")
