@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import cast
 
 from xar_cli.errors import UserError
+from xar_cli.run_dir import is_there
 
 _NAME = re.compile(r"hf:/{1,2}(?P<repo>[^/@]+/[^/@]+)/(?P<file>[^@]+)(?:@(?P<revision>.+))?")
 _REPO = re.compile(r"[\w.-]+/[\w.-]+")
@@ -106,10 +107,7 @@ def local_file(source: str | Path) -> Path:
     if file is not None:
         return fetch(file)
     path = Path(source)
-    try:
-        path.exists()
-    except OSError as error:  # a name that is too long, a folder that may not be read
-        raise UserError(f"'{source}' cannot be opened: {error.strerror}.", "Check the path.") from None
+    is_there(path)
     return path
 
 

@@ -109,21 +109,32 @@ class RunDir:
         return [path for place in places for path in temporary_files(place)]
 
     def exists(self) -> bool:
-        """Whether a run has been started here."""
-        return self.config.is_file()
+        """Whether a run has been started here; raises UserError as `is_there`."""
+        return is_there(self.root) and is_there(self.config) and self.config.is_file()
 
     def require(self) -> RunDir:
         """This run folder, or a UserError where there is none."""
-        try:
-            there = self.exists()
-        except OSError as error:  # a name that is too long, a folder that may not be read
-            raise UserError(f"'{self.root}' cannot be opened: {error.strerror}.", "Check the path.") from None
-        if not there:
+        if not self.exists():
             raise UserError(
                 f"'{self.root}' is not a run folder: it has no {self.config.name}.",
                 "Give the folder that `xar train --out` wrote.",
             )
         return self
+
+
+def is_there(path: Path) -> bool:
+    """Whether there is a file or a folder at a path.
+
+    Raises:
+        UserError: it cannot be told: a folder on the way may not be entered, or a name is too long.
+    """
+    try:
+        path.stat()
+    except (FileNotFoundError, NotADirectoryError):
+        return False
+    except OSError as error:
+        raise UserError(f"'{path}' cannot be opened: {error.strerror}.", "Check the path.") from None
+    return True
 
 
 def step_of(checkpoint: Path) -> int:
@@ -158,10 +169,11 @@ def write_json(path: Path, value: Any) -> None:
 def require_writable(folder: Path, needed_bytes: int, purpose: str) -> None:
     """Raise a UserError unless `folder` can be written to and its disk has `needed_bytes` free.
 
-    The folder need not exist: its nearest existing parent is asked. Nothing is created.
+    The folder need not exist: its nearest existing parent is asked. Nothing is created. A path through a folder that
+    may not be entered is a UserError too.
     """
     existing = folder.absolute()
-    while not existing.exists():
+    while not is_there(existing):
         existing = existing.parent
     if not existing.is_dir() or not os.access(existing, os.W_OK | os.X_OK):
         raise UserError(f"Cannot write {purpose} under '{existing}'.", "Choose another folder or fix its permissions.")

@@ -218,11 +218,31 @@ def test_fid_without_inception_weights_says_where_to_get_them(capsys, made, monk
         ("sample", "--run"),
         ("fid", "--reference", "images", "--run"),
         ("fid", "sweep", "--reference", "images", "--run"),
+        ("fid", "--reference", "images", "--samples"),
+        ("fid", "--samples", "samples", "--protocol", "digits", "--reference"),
+        ("fid", "--samples", "samples", "--protocol", "digits", "--reference", "images", "--report"),
+        ("fid", "stats", "images", "--protocol", "digits", "--out"),
+        ("fid", "--samples", "samples", "--reference", "images", "--inception-weights"),
+        ("train", "--recipe", "tiny", "--data", "latents.h5", *SMALL, *SHORT, "--out"),
+        ("train", "--recipe", "tiny", "--data", "latents.h5", *SMALL, *SHORT, "--dry-run", "--out"),
+        ("train", "--recipe", "tiny", "--data"),
+        ("cache-latents", "--images", "images", "--recipe", "tiny", *SMALL, "--out"),
+        ("cache-latents", "--recipe", "tiny", *SMALL, "--out", "new.h5", "--images"),
+        ("quickstart", "--out"),
+        ("weights", "info"),
     ],
 )
 def test_a_name_too_long_for_a_file(capsys, made, monkeypatch, command):
     monkeypatch.chdir(made)
+    before = snapshot(made)
     assert "cannot be opened: File name too long" in refused(capsys, *command, "a" * 300)
+    assert snapshot(made) == before
+
+
+@pytest.mark.parametrize("suffix", [".safetensors", ".pth"])
+def test_a_name_too_long_for_an_export(capsys, made, suffix):
+    out = made / ("a" * 300 + suffix)
+    assert "cannot be opened: File name too long" in refused(capsys, "weights", "convert", made / "run", out)
 
 
 @pytest.mark.parametrize(("key", "value"), [("labels", None), ("count", "4")])

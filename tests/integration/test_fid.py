@@ -81,6 +81,7 @@ def test_table_names_protocol_and_count(capsys, digits) -> None:
         ("8x12", "has 8 x 12 pixels (height x width) where 8 x 8 are expected"),
         ("8by8", "'--image-size 8by8' is neither SIDE nor HEIGHTxWIDTH"),
         ("0", "'--image-size 0' is neither"),
+        ("²", "'--image-size ²' is neither"),
     ],
 )
 def test_an_image_size_is_a_side_or_height_and_width(capsys, digits, size, words) -> None:

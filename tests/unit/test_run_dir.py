@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import errno
 import os
+from pathlib import Path
 
 import pytest
 
 from xar_cli import run_dir
 from xar_cli.errors import UserError
-from xar_cli.run_dir import RunDir, format_bytes, require_writable, write_atomic, write_json
+from xar_cli.run_dir import RunDir, format_bytes, is_there, require_writable, write_atomic, write_json
 
 
 def test_a_failed_write_leaves_the_old_file_and_no_other(tmp_path, monkeypatch):
@@ -35,6 +37,37 @@ def test_require_refuses_what_is_not_a_run(tmp_path):
         RunDir(tmp_path).require()
     (tmp_path / "config.yaml").write_text("name: x\n")
     assert RunDir(tmp_path).require().exists()
+
+
+@pytest.fixture
+def shut(tmp_path, monkeypatch):
+    """A folder that may not be entered, for a root user too."""
+    folder, stat = tmp_path / "shut", Path.stat
+    folder.mkdir()
+
+    def refusing(path, **options):
+        if folder in path.parents:
+            raise PermissionError(errno.EACCES, "Permission denied", str(path))
+        return stat(path, **options)
+
+    monkeypatch.setattr(Path, "stat", refusing)
+    return folder
+
+
+def test_a_folder_that_may_not_be_entered_is_a_sentence(shut):
+    for ask in (is_there, lambda path: RunDir(path).exists(), lambda path: require_writable(path, 0, "images")):
+        with pytest.raises(UserError, match=r"shut/in/side' cannot be opened: Permission denied\.") as caught:
+            ask(shut / "in" / "side")
+        assert caught.value.next_step == "Check the path."
+
+
+def test_what_is_there(tmp_path):
+    (tmp_path / "file").write_text("")
+    (tmp_path / "link").symlink_to("nothing")
+    assert is_there(tmp_path)
+    assert is_there(tmp_path / "file")
+    for path in ("link", "none", "file/below"):
+        assert not is_there(tmp_path / path)
 
 
 def test_too_small_a_disk_is_refused_with_both_numbers(tmp_path):

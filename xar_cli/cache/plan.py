@@ -18,7 +18,7 @@ from xar_cli.config.schema import Section
 from xar_cli.data.cache_file import DTYPES, WRITTEN, CacheFile, CacheLayout, hash_source, leftovers
 from xar_cli.data.images import CROP_RULE
 from xar_cli.errors import UserError, did_you_mean
-from xar_cli.run_dir import require_writable
+from xar_cli.run_dir import is_there, require_writable
 from xar_cli.tokenizer import Codec, load_tokenizer
 from xar_cli.tokenizer.kl16 import PRECISIONS
 
@@ -128,7 +128,7 @@ def make_plan(settings: CacheSettings, device: torch.device) -> tuple[CachePlan,
         source=hash_source(names, job.labels),
     )
     num_done, total_bytes = 0, layout.file_bytes(max(map(len, names)))
-    if settings.out.exists():
+    if is_there(settings.out):
         there = CacheFile(settings.out)
         _refuse_other(settings.out, there.layout, layout)
         num_done = int(np.count_nonzero(there.states == WRITTEN))

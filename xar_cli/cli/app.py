@@ -12,6 +12,7 @@ import typer
 
 from xar_cli import __version__
 from xar_cli.cli import cache_latents, fid, quickstart, recipes, sample, status, train, weights
+from xar_cli.cli.printing import is_of_printing, throw_away_stdout
 from xar_cli.errors import UserError
 
 app = typer.Typer(
@@ -65,6 +66,12 @@ def main(arguments: list[str] | None = None) -> None:
     except (typer.Abort, KeyboardInterrupt):
         _fail("Stopped by Ctrl-C.", "The same command goes on from what is on disk.")
         sys.exit(CTRL_C)
+    except OSError as error:
+        if not is_of_printing(error):
+            raise
+        throw_away_stdout()
+        _fail(f"The result cannot be printed: {error.strerror}.", "Free some space, or send it to another place.")
+        sys.exit(1)
     except _ClickException as error:
         error.show()
         sys.exit(2)

@@ -40,7 +40,10 @@ ProtocolOption = Annotated[
         help="adm, torch-fidelity, clean-fid, digits; several with commas. Default: adm; with --run the recipe's.",
     ),
 ]
-CountOption = Annotated[int | None, typer.Option("--count", min=2, help="Images to use. Default: all.")]
+CountOption = Annotated[
+    int | None, typer.Option("--count", min=2, help="Images to use. Default: all; with --run evaluate.count.")
+]
+StatsCountOption = Annotated[int | None, typer.Option("--count", min=2, help="Images to use. Default: all.")]
 ImageSizeOption = Annotated[
     str | None,
     typer.Option(
@@ -51,6 +54,7 @@ BatchOption = Annotated[
     int | None,
     typer.Option("--batch-size", min=1, help="Images per pass. Default: 64; with --run the recipe's, for draws too."),
 ]
+StatsBatchOption = Annotated[int | None, typer.Option("--batch-size", min=1, help="Images per pass. Default: 64.")]
 WorkersOption = Annotated[int, typer.Option("--workers", min=1, help="Threads that decode images.")]
 PrecisionOption = Annotated[str, typer.Option("--precision", help="fp32, or bf16 for a quick look.")]
 CompileOption = Annotated[str, typer.Option("--compile", help="auto (from 1,000 images on), on or off.")]
@@ -144,9 +148,9 @@ def stats(
     images: Annotated[Path, typer.Argument(help="Folder of real images, or an ADM batch.")],
     out: Annotated[Path, typer.Option("--out", "-o", help="The .npz file to write.")],
     protocol: Annotated[str, typer.Option("--protocol", help="One: adm, torch-fidelity, clean-fid or digits.")] = "adm",
-    count: CountOption = None,
+    count: StatsCountOption = None,
     image_size: ImageSizeOption = None,
-    batch_size: BatchOption = None,
+    batch_size: StatsBatchOption = None,
     workers: WorkersOption = 4,
     compile_mode: CompileOption = "auto",
     skip_bad: SkipBadOption = False,
@@ -270,7 +274,7 @@ def _parse_size(text: str | None) -> tuple[int, int] | None:
     if text is None:
         return None
     height, x, width = text.lower().partition("x")
-    if not (height.isdigit() and int(height) and (not x or (width.isdigit() and int(width)))):
+    if not (height.isdecimal() and int(height) and (not x or (width.isdecimal() and int(width)))):
         raise UserError(
             f"'--image-size {text}' is neither SIDE nor HEIGHTxWIDTH.", "For example: --image-size 256, or 256x384."
         )

@@ -2,12 +2,21 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Iterable, Sequence
+from traceback import walk_tb
+
+import typer
 
 
 def print_rows(rows: Iterable[Sequence[str]], header: Sequence[str] = ()) -> None:
-    """Print rows of text as aligned columns, every character as it is: brackets and colons mean nothing here."""
+    """Print rows of text as aligned columns, every character as it is: brackets and colons mean nothing here.
+
+    Into a stdout that is closed (`>&-`) nothing is printed, as with `typer.echo`.
+    """
+    if sys.stdout is None:
+        return
     from rich.console import Console
     from rich.table import Table
 
@@ -16,3 +25,14 @@ def print_rows(rows: Iterable[Sequence[str]], header: Sequence[str] = ()) -> Non
         table.add_row(*row)
     width = None if sys.stdout.isatty() else 10_000  # a file or a pipe has no width: never wrap or cut
     Console(width=width, markup=False, emoji=False, highlight=False).print(table)
+
+
+def is_of_printing(error: BaseException) -> bool:
+    """Whether an error arose where a result was printed: the disk behind `>` is full, say."""
+    printing = (print_rows.__code__, typer.echo.__code__)
+    return any(frame.f_code in printing for frame, _ in walk_tb(error.__traceback__))
+
+
+def throw_away_stdout() -> None:
+    """Let what is still to be written to a stdout that fails go nowhere, or Python tries again when it ends."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

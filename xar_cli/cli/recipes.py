@@ -45,9 +45,10 @@ def validate(
     as_json: JsonOption = False,
 ) -> None:
     """Check one recipe; every fault is reported at once, with exit code 2."""
-    from xar_cli.config import load_recipe
+    from xar_cli.config import check_new_run, load_recipe
 
     config = load_recipe(name, overrides or ())
+    check_new_run(config)
     typer.echo(json.dumps({"valid": True, "name": config.name}) if as_json else f"{name} is valid ({config.name})")
 
 
@@ -56,7 +57,6 @@ def schema(
     markdown: Annotated[bool, typer.Option("--markdown", help="A page for people instead: docs/config.md.")] = False,
 ) -> None:
     """Print the JSON Schema of a recipe, for editors that complete YAML."""
-    from xar_cli.config.recipes import json_schema
-    from xar_cli.config.reference import config_reference
+    from xar_cli.config.reference import config_reference, json_schema
 
     typer.echo(config_reference() if markdown else json_schema(), nl=not markdown)

@@ -61,7 +61,7 @@ def sample(
     batch_size: Annotated[int | None, typer.Option(help="Images drawn together. Default: the recipe's.")] = None,
     ema: Annotated[bool, typer.Option("--ema/--raw", help="Averaged or raw weights, where there are both.")] = True,
     out: Annotated[
-        Path | None, typer.Option("--out", help="Folder for the PNG files. Default: inside the run.")
+        Path | None, typer.Option("--out", help="Folder for the PNG files. Default: inside the run, else in ./samples.")
     ] = None,
     grid: Annotated[str | None, typer.Option("--grid", metavar="COLUMNSxROWS", help="Also make one picture.")] = None,
     save: Annotated[Path | None, typer.Option("--save", help="Where the picture of --grid goes.")] = None,

@@ -5,7 +5,7 @@ All faults of a recipe are reported at once, each with the nearest key that exis
 
 from __future__ import annotations
 
-import json
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,10 @@ from pydantic import ValidationError
 from xar_cli.config.schema import Config, Published
 from xar_cli.errors import UserError, did_you_mean, nearest
 
+YAML_TEXT, YAML_INT, YAML_FLOAT, YAML_TRUTH, YAML_DATE, YAML_MERGE = (
+    f"tag:yaml.org,2002:{name}" for name in ("str", "int", "float", "bool", "timestamp", "merge")
+)
+DECIMAL = re.compile(r"[-+]?[0-9_]+")
 OPTIMISATION = (
     "epochs", "global_batch_size", "base_lr", "min_lr", "warmup_fraction", "decay_start_fraction", "betas",
     "weight_decay", "grad_clip", "ema_decays", "context", "label_dropout",
@@ -94,25 +98,52 @@ def _whole(path: Path) -> dict[str, Any]:
     return _merged(_whole(shipped[parent]), values)
 
 
-class PlainNumbers(yaml.SafeLoader):
-    """YAML's safe values without its numbers to the base 60: 40:15 is a schedule of steps, not 2415."""
+class PlainValues(yaml.SafeLoader):
+    """YAML's safe values without its surprises: numbers to the base 10 alone, every key of a mapping once.
+
+    So 010 is ten, and 0x10, 40:15 (a schedule of steps, not 2415) and 2026-02-30 are text. So are true, on and yes: the
+    schema takes them for what they say where it asks for it, and not for 1 where it asks for a number.
+    """
 
     def resolve(self, kind: type[yaml.Node], value: Any, implicit: Any) -> str:
         """The tag of a value."""
         tag: str = super().resolve(kind, value, implicit)
-        base_60 = tag in ("tag:yaml.org,2002:int", "tag:yaml.org,2002:float") and ":" in value
-        return "tag:yaml.org,2002:str" if base_60 else tag
+        other_base = (tag == YAML_INT and not DECIMAL.fullmatch(value)) or (tag == YAML_FLOAT and ":" in value)
+        return YAML_TEXT if other_base or tag in (YAML_DATE, YAML_TRUTH) else tag
+
+    def construct_decimal(self, node: yaml.ScalarNode) -> int:
+        """The whole number of a node, read to the base 10 also where it begins with 0."""
+        return int(str(self.construct_scalar(node)).replace("_", ""))
+
+    def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
+        """The node of a mapping.
+
+        Raises:
+            ComposerError: a key stands in it twice; `<<` may.
+        """
+        mapping: yaml.MappingNode = super().compose_mapping_node(anchor)
+        seen: set[str] = set()
+        for key, _ in mapping.value:
+            if not isinstance(key, yaml.ScalarNode) or key.tag == YAML_MERGE:
+                continue
+            if key.value in seen:
+                raise yaml.composer.ComposerError(None, None, f"'{key.value}' stands there twice", key.start_mark)
+            seen.add(key.value)
+        return mapping
+
+
+PlainValues.add_constructor(YAML_INT, PlainValues.construct_decimal)
 
 
 def _read_yaml(path: Path) -> dict[str, Any]:
     """The mapping in a YAML file."""
     try:
-        values = yaml.load(path.read_text(encoding="utf-8"), PlainNumbers)
+        values = yaml.load(path.read_text(encoding="utf-8"), PlainValues)
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(
             f"Cannot read the recipe '{path}': {error}.", "Check the path, or see `xar recipes list`."
         ) from None
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, ValueError) as error:  # a value that its tag does not allow is a ValueError
         where = " ".join(str(error).split())
         raise UserError(f"The recipe '{path}' is not valid YAML: {where}.", "Mend the file at that place.") from None
     if not isinstance(values, dict):
@@ -123,12 +154,19 @@ def _read_yaml(path: Path) -> dict[str, Any]:
 
 
 def _merged(values: dict[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
-    """Values with changes laid over them, section by section; a section with a `kind` is replaced whole."""
+    """Values with changes laid over them, section by section; a section of another `kind` is replaced whole."""
     merged = dict(values)
     for key, change in changes.items():
-        both_sections = isinstance(change, dict) and isinstance(merged.get(key), dict)
-        merged[key] = _merged(merged[key], change) if both_sections and "kind" not in change else change
+        there = merged.get(key)
+        if isinstance(change, dict) and isinstance(there, dict) and not _is_another_kind(there, change.get("kind")):
+            change = _merged(there, change)
+        merged[key] = change
     return merged
+
+
+def _is_another_kind(section: Mapping[str, Any], kind: Any) -> bool:
+    """Whether a section is of another kind than what is said of it; where one of both states none, it is not."""
+    return kind is not None and section.get("kind", kind) != kind
 
 
 def validate(values: Mapping[str, Any], source: str) -> Config:
@@ -136,12 +174,22 @@ def validate(values: Mapping[str, Any], source: str) -> Config:
     try:
         return Config.model_validate(values)
     except ValidationError as error:
-        faults = "\n".join(f"  {_describe(fault)}" for fault in error.errors())
-        count = error.error_count()
-        raise UserError(
-            f"{source} has {count} {'fault' if count == 1 else 'faults'}:\n{faults}\n",
-            "Mend these keys; `xar recipes show tiny` prints a whole recipe.",
-        ) from None
+        raise _faulty(source, [_describe(fault) for fault in error.errors()]) from None
+
+
+def check_new_run(config: Config) -> None:
+    """Raise a UserError where no run should begin with a config, though one that has begun may go on with it."""
+    faults = config.faults_of_a_new_run()
+    if faults:
+        raise _faulty(f"The recipe {config.name}", faults)
+
+
+def _faulty(source: str, faults: Sequence[str]) -> UserError:
+    listed = "\n".join(f"  {fault}" for fault in faults)
+    return UserError(
+        f"{source} has {len(faults)} {'fault' if len(faults) == 1 else 'faults'}:\n{listed}\n",
+        "Mend these keys; `xar recipes show tiny` prints a whole recipe.",
+    )
 
 
 def override(config: Config, overrides: Sequence[str]) -> Config:
@@ -154,11 +202,6 @@ def override(config: Config, overrides: Sequence[str]) -> Config:
 def dump_config(config: Config) -> str:
     """The resolved config as YAML; loading it gives an equal object."""
     return yaml.safe_dump(config.model_dump(mode="json", exclude_none=True), sort_keys=False, allow_unicode=True)
-
-
-def json_schema() -> str:
-    """The JSON Schema of a recipe, for editors that complete YAML."""
-    return json.dumps(Config.model_json_schema(), indent=2)
 
 
 def _apply_overrides(values: dict[str, Any], overrides: Sequence[str]) -> None:
@@ -184,11 +227,14 @@ def _apply_override(values: dict[str, Any], override: str) -> None:
                 "See `xar recipes show tiny`.",
             )
     try:
-        value = yaml.load(text, PlainNumbers)
-    except yaml.YAMLError:
-        raise UserError(f"'--set {override}': '{text}' is not a YAML value.", "Quote it for your shell.") from None
-    if last == "kind" and place.get("kind") != value:
-        place.clear()  # the keys of another kind
+        value = yaml.load(text, PlainValues)
+    except (yaml.YAMLError, ValueError) as error:
+        why = getattr(error, "problem", None) or error
+        raise UserError(
+            f"'--set {override}': '{text}' is not a YAML value: {why}.", "Mend it, or quote it for your shell."
+        ) from None
+    if last == "kind" and _is_another_kind(place, value):
+        place.clear()
     place.update(_merged(place, {last: value}))
 
 
@@ -222,4 +268,5 @@ def _known_keys(path: Sequence[Any], kind: str) -> list[str]:
                 if "$ref" in option:
                     found.append(schema["$defs"][option["$ref"].rsplit("/", 1)[1]])
         nodes = found
-    return [key for node in nodes for key in node.get("properties", {})]
+    of_the_file = [] if path else ["extends"]
+    return of_the_file + [key for node in nodes for key in node.get("properties", {})]

@@ -1,7 +1,8 @@
-"""The config reference: every key of a recipe with its type, default and meaning, as Markdown, from the schema."""
+"""Every key of a recipe with its type, default and meaning: Markdown for people, JSON Schema for editors."""
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -11,7 +12,10 @@ HEADER = """# Config reference
 
 Every key of a recipe. Made from the schema by `xar recipes schema --markdown`; change the schema, not this page.
 `--set section.key=value` overrides one key on the command line; an unknown key is an error.
+A file with `extends: base` holds only what differs from that recipe. Nothing is required then, and a section of the
+same kind keeps the keys that it does not name.
 """
+EXTENDS = {"type": "string", "description": "Name of a shipped recipe that this one is but for what it says."}
 
 
 def config_reference() -> str:
@@ -20,10 +24,44 @@ def config_reference() -> str:
     return HEADER + "".join(_sections(schema))
 
 
+def json_schema() -> str:
+    """The JSON Schema of a recipe's file, for editors that complete YAML.
+
+    A file that stands alone must hold the required keys; one that extends a recipe may leave out any.
+    """
+    schema = Config.model_json_schema()
+    alone = {"required": schema.pop("required"), "properties": _required_in_sections(schema)}
+    for section in schema["$defs"].values():
+        section.pop("required", None)
+    for field in schema["properties"].values():
+        if "oneOf" in field:  # a section that does not state its kind may be of several
+            field["anyOf"] = field.pop("oneOf")
+            del field["discriminator"]
+    schema["properties"] = {"extends": EXTENDS, **schema["properties"]}
+    return json.dumps({**schema, "if": {"not": {"required": ["extends"]}}, "then": alone}, indent=2)
+
+
+def _required_in_sections(schema: Mapping[str, Any]) -> dict[str, Any]:
+    """For each section a schema that asks for its required keys, those of its kind where there are several."""
+    asked = {}
+    for name, field in schema["properties"].items():
+        sections = [schema["$defs"][reference] for reference in _references(field)]
+        options = [
+            {
+                "properties": {key: value for key, value in section["properties"].items() if key == "kind"},
+                "required": section["required"],
+            }
+            for section in sections
+        ]
+        if options:
+            asked[name] = {"anyOf": options}
+    return asked
+
+
 def _sections(schema: Mapping[str, Any]) -> Iterator[str]:
     definitions = schema["$defs"]
     plain = {name: field for name, field in schema["properties"].items() if not _references(field)}
-    yield _table("(top level)", "", plain, schema.get("required", ()))
+    yield _table("(top level)", "", {"extends": EXTENDS, **plain}, schema.get("required", ()))
     for name, field in schema["properties"].items():
         for reference in _references(field):
             section = definitions[reference]

@@ -7,13 +7,16 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from itertools import pairwise
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PositiveInt, model_validator
+
+from xar_cli.errors import did_you_mean
 
 KL16_STRIDE = 16  # of the KL-16 tokenizer: 256 pixels -> 16 latent positions
 KL16_CHANNELS = 16
 MAX_STEPS = 1000  # the network tells 1001 timesteps apart
+SEED_LIMIT = 2**64  # torch's generators take seeds below it
 LR_BATCH_UNIT = 256  # lr = base_lr * global_batch_size / 256 (paper, section 4)
 
 
@@ -276,13 +279,24 @@ class ModelConfig(Section):
         return self
 
 
+def check_batch_limit(value: Any) -> Any:
+    """A limit of images per pass as a recipe may state it; raises ValueError for anything else."""
+    if value == "auto" or (isinstance(value, int | str) and str(value).isdecimal() and int(value) > 0):
+        return value
+    raise ValueError(f"must be a whole number above 0, or auto (got {value!r})")
+
+
+BatchLimit = Annotated[PositiveInt | Literal["auto"], BeforeValidator(check_batch_limit)]
+Beta = Annotated[float, Field(ge=0, lt=1)]
+
+
 class TrainConfig(Section):
     """The optimisation (paper, section 4 and appendix)."""
 
-    seed: int = Field(0, ge=0, description="Seed of everything that training draws.")
+    seed: int = Field(0, ge=0, lt=SEED_LIMIT, description="Seed of everything that training draws.")
     epochs: float = Field(gt=0, description="Length of the run in passes over the data.")
     global_batch_size: int = Field(gt=0, description="Images per optimizer step, over all ranks.")
-    max_batch_per_rank: Annotated[int, Field(gt=0)] | Literal["auto"] = Field(
+    max_batch_per_rank: BatchLimit = Field(
         description="Images per forward pass on one rank, at most; auto takes what the device's memory holds."
     )
     parallel: Literal["ddp", "fsdp"] = Field(
@@ -297,7 +311,7 @@ class TrainConfig(Section):
     decay_start_fraction: float = Field(
         ge=0, le=1, description="Part of the run after which lr decays by half a cosine."
     )
-    betas: tuple[float, float] = Field((0.9, 0.96), description="AdamW betas.")
+    betas: tuple[Beta, Beta] = Field((0.9, 0.96), description="AdamW betas.")
     weight_decay: float = Field(0.02, ge=0, description="AdamW weight decay, on matrices only.")
     grad_clip: float = Field(1.0, gt=0, description="Largest global norm of the gradient.")
     ema_decays: tuple[float, ...] = Field(
@@ -329,6 +343,13 @@ class TrainConfig(Section):
         """Peak learning rate: base_lr * global_batch_size / 256."""
         return self.base_lr * self.global_batch_size / LR_BATCH_UNIT
 
+    def faults_of_a_new_run(self) -> list[str]:
+        """As of the whole recipe, `Config.faults_of_a_new_run`."""
+        if self.min_lr <= self.lr:
+            return []
+        peak = f"{self.lr:g} (base_lr {self.base_lr:g} * {self.global_batch_size} / {LR_BATCH_UNIT})"
+        return [f"train.min_lr: {self.min_lr:g} is above the peak learning rate, {peak}: it would rise at the end"]
+
     @model_validator(mode="after")
     def _check(self) -> TrainConfig:
         if self.decay_start_fraction < self.warmup_fraction:
@@ -340,7 +361,7 @@ class TrainConfig(Section):
 
 def _check_num_steps(value: Any) -> Any:
     parts = str(value).split(":")
-    if isinstance(value, int | str) and len(parts) <= 2 and all(part.isdigit() for part in parts):
+    if isinstance(value, int | str) and len(parts) <= 2 and all(part.isdecimal() for part in parts):
         steps = [int(part) for part in parts]
         if all(0 < count <= MAX_STEPS for count in steps):
             return steps[0] if len(set(steps)) == 1 else ":".join(map(str, steps))  # one text for one schedule
@@ -398,11 +419,26 @@ class SampleConfig(Section):
         return self
 
 
+ProtocolName = Literal["adm", "torch-fidelity", "clean-fid", "digits"]  # evaluate/protocols.py says what they are
+
+
 class EvaluateConfig(Section):
     """How results are judged."""
 
-    protocol: str = Field(description="Evaluation protocol: which network, resize rule and library.")
-    count: int = Field(gt=0, description="Generated images that the metric is computed on.")
+    protocol: str = Field(
+        description=f"Evaluation protocol: {', '.join(get_args(ProtocolName))}; several with commas. It says which "
+        "network, resize rule and library."
+    )
+    count: int = Field(gt=0, description="Generated images that the metric is computed on, 2 or more.")
+
+    def faults_of_a_new_run(self) -> list[str]:
+        """As of the whole recipe, `Config.faults_of_a_new_run`."""
+        known = get_args(ProtocolName)
+        unknown = [name for name in map(str.strip, self.protocol.split(",")) if name not in known]
+        faults = [f"evaluate.protocol: there is no protocol '{name}'. {did_you_mean(name, known)}" for name in unknown]
+        if self.count == 1:
+            faults.append("evaluate.count: one image is no distribution (got 1)")
+        return faults
 
 
 class Published(Section):
@@ -458,6 +494,10 @@ class Config(Section):
     def null_label(self) -> int:
         """The label that stands for 'no class': one past the last."""
         return self.data.num_classes
+
+    def faults_of_a_new_run(self) -> list[str]:
+        """What no run should begin with, a line each; runs and weights that have it already load all the same."""
+        return [*self.train.faults_of_a_new_run(), *self.evaluate.faults_of_a_new_run()]
 
     @model_validator(mode="after")
     def _check(self) -> Config:

@@ -25,6 +25,7 @@ from xar_cli.data.images import (
     sort_into_classes,
 )
 from xar_cli.errors import UserError
+from xar_cli.run_dir import is_there
 
 ARCHIVE_SUFFIXES = (".tar", ".zip")
 COMPRESSED_TARS = (".tgz", ".tbz", ".tbz2", ".txz", ".tzst")  # besides .tar.gz and its kin
@@ -34,7 +35,7 @@ MAX_FILE_BYTES = 1 << 30  # a compressed member that unpacks to more is a bomb, 
 def is_archive(path: Path) -> bool:
     """Whether a path is a file that this module reads, or one that it explains why not (.tar.gz)."""
     known = path.suffix.lower() in (*ARCHIVE_SUFFIXES, *COMPRESSED_TARS) or ".tar" in path.suffixes
-    return known and path.is_file()
+    return known and is_there(path) and path.is_file()
 
 
 def open_archive(path: Path) -> ArchiveImages:

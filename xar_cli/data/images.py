@@ -20,6 +20,7 @@ from PIL import ExifTags, Image
 from xar_cli.config.schema import Sides, height_and_width
 from xar_cli.errors import UserError
 from xar_cli.logs import log
+from xar_cli.run_dir import is_there
 
 CROP_RULE = "adm-centre"  # name of the rule in `centre_crop`, written into every cache
 IMAGE_SUFFIXES = frozenset(
@@ -135,7 +136,7 @@ def list_classes(
     Raises:
         UserError: as `ImageFolder`.
     """
-    if not root.is_dir():
+    if not is_there(root) or not root.is_dir():
         raise UserError(f"There is no folder '{printable(str(root))}'.", "Check the path.")
     return sort_into_classes(list(_walk(root)), str(root), suffixes, what)
 

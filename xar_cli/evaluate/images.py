@@ -20,6 +20,7 @@ from PIL import Image
 from xar_cli.config.schema import Sides
 from xar_cli.data.images import BadImageError, is_hidden, load_image, printable
 from xar_cli.errors import UserError
+from xar_cli.run_dir import is_there
 
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg")
 HDF5_SUFFIXES = (".h5", ".hdf5")
@@ -100,7 +101,7 @@ class FolderImages(ImageSet):
             self.class_names, self.labels = [printable(name) for name in classes.tolist()], labels.astype(np.int64)
 
     def _label_by_manifest(self, manifest: Mapping[str, Any]) -> None:
-        self.files = [path for path in self.files if path.parent == self.root and path.stem.isdigit()]
+        self.files = [path for path in self.files if path.parent == self.root and path.stem.isdecimal()]
         labels = manifest.get("labels")
         if not labels or not _has_classes(manifest):
             return
@@ -253,7 +254,7 @@ def open_images(source: Path | ImageSet, image_size: Sides | None = None) -> Ima
     """
     if isinstance(source, ImageSet):
         images = source
-    elif not source.exists():
+    elif not is_there(source):
         raise UserError(f"There is nothing at '{source}'.", "Check the path.")
     elif source.is_dir():
         images = FolderImages(source, image_size)

@@ -17,7 +17,7 @@ class Protocol:
     """One way to measure.
 
     Attributes:
-        name: as `--protocol` takes it.
+        name: as `--protocol` takes it; one of the schema's `ProtocolName`.
         network: whose features the Frechet distance is taken in.
         metrics: what it reports, in order.
         precision_network: whose features precision and recall are taken in.
@@ -45,7 +45,7 @@ class Protocol:
         return found
 
 
-PROTOCOLS = {
+PROTOCOLS: dict[str, Protocol] = {
     protocol.name: protocol
     for protocol in (
         Protocol(

@@ -16,7 +16,8 @@ from typing import Any
 from torch import Tensor
 
 from xar_cli.checkpoint import Checkpoint, CheckpointWriter, folders_to_read, latest_checkpoint, set_aside_newer
-from xar_cli.config.schema import Config, Section
+from xar_cli.config import Config, check_new_run
+from xar_cli.config.schema import Section
 from xar_cli.data.latents import LatentReader
 from xar_cli.data.loader import LatentLoader
 from xar_cli.data.sharding import SampleStream
@@ -41,7 +42,7 @@ from xar_cli.train.preflight import (
     some_passes,
     with_memory,
 )
-from xar_cli.train.preview import Measure, Preview, check_looks, require_reference
+from xar_cli.train.preview import Measure, Preview, check_looks, require_reference, warn_of_unused_weights
 from xar_cli.train.records import Records, check_loggers, check_login
 from xar_cli.train.run import (
     check_agreement,
@@ -175,10 +176,13 @@ def dry_run_plan(
         init_from, reference, measure, tokenizer_weights: as for the run; an hf:// name is not fetched.
     """
     check_loggers(config.train.loggers)
-    require_reference(config, reference)
+    measure = measure or Measure()
+    require_reference(config, reference, measure)
+    warn_of_unused_weights(config, tokenizer_weights)
     if data is None:
+        check_new_run(config)
         return make_plan(config, world_size, config.data.num_images)
-    check_looks(config, tokenizer_weights, reference, measure or Measure())
+    check_looks(config, tokenizer_weights, reference, measure)
     if init_from is not None and parse_hub_name(init_from) is None:
         open_start(init_from, config)
     picked = pick_device(device)
@@ -407,8 +411,11 @@ def _probed_plan(state: TrainState, plan: TrainPlan, reader: LatentReader, ranks
 def _preview(
     settings: TrainSettings, plan: TrainPlan, class_names: Sequence[str], run: RunDir, ranks: Ranks
 ) -> Preview | None:
-    """The preview, where the recipe asks for grids or evaluations."""
+    """The preview, where the recipe asks for grids or evaluations; raises UserError as `require_reference`."""
     train = settings.config.train
+    require_reference(settings.config, settings.reference, settings.measure)
+    if ranks.is_main:
+        warn_of_unused_weights(settings.config, settings.tokenizer_weights)
     if not (train.preview_every or train.eval_every):
         return None
     return Preview(

@@ -226,18 +226,32 @@ def _run_goes_on(what: str) -> Iterator[None]:
         log.error("%s failed, and the run goes on: %s", what, error)
 
 
-def require_reference(config: Config, reference: Path | None) -> None:
-    """Raise a UserError where `train.eval_every` asks for evaluations and there is nothing to compare with."""
+def require_reference(config: Config, reference: Path | None, measure: Measure) -> None:
+    """Raise a UserError where `train.eval_every` asks for evaluations and there is nothing to compare with, or where it
+    asks for none and there is something for them alone.
+    """
     if config.train.eval_every and reference is None:
         raise UserError(
             "train.eval_every asks for evaluations, and there is nothing to compare with.",
             "Give real images or their statistics: --reference PATH; or --set train.eval_every=0.",
         )
+    if not config.train.eval_every and (reference is not None or measure.inception_weights):
+        given = "--inception-weights" if reference is None else "--reference"
+        raise UserError(
+            f"{given} is given, and train.eval_every is 0: no evaluation would be made.",
+            f"Add --set train.eval_every=EPOCHS, or leave {given} away.",
+        )
+
+
+def warn_of_unused_weights(config: Config, tokenizer_weights: Path | None) -> None:
+    """Say so where the tokenizer's weights are given and nothing is ever drawn."""
+    if tokenizer_weights is not None and not (config.train.preview_every or config.train.eval_every):
+        log.warning("--tokenizer-weights has no effect: train.preview_every and train.eval_every are 0.")
 
 
 def check_evaluation(config: Config, reference: Path | None, measure: Measure) -> None:
     """Raise a UserError where `train.eval_every` asks for evaluations that could not be made."""
-    require_reference(config, reference)
+    require_reference(config, reference, measure)
     if config.train.eval_every and reference is not None:
         check_inputs(reference, config.evaluate.protocol, measure, config.data.image_size)
 

@@ -10,13 +10,13 @@ from pathlib import Path
 from typing import Any
 
 from xar_cli import __version__
-from xar_cli.config import Config, dump_config, load_config_file
+from xar_cli.config import Config, check_new_run, dump_config, load_config_file
 from xar_cli.data.latents import LatentReader
 from xar_cli.distributed import Ranks
 from xar_cli.errors import UserError
 from xar_cli.lock import JobLock
 from xar_cli.logs import log, read_metrics
-from xar_cli.run_dir import RunDir, require_writable, write_atomic, write_json
+from xar_cli.run_dir import RunDir, is_there, require_writable, write_atomic, write_json
 from xar_cli.train.initial import source_name
 
 # Changes under which a run stays the run it is; --allow-recipe-change accepts them.
@@ -89,12 +89,15 @@ def check_run(out: Path, config: Config, needed_bytes: int, allow_change: bool =
         allow_change: accept a changed recipe where the checkpoints still hold.
 
     Raises:
-        UserError: the folder holds something else, or a run with another recipe, or its disk is too small.
+        UserError: the folder holds something else, or a run with another recipe, or its disk is too small; or the
+            recipe is one that no run should begin with.
     """
     run = RunDir(out)
     if run.exists():
         _check_changes(run, config, allow_change)
         needed_bytes -= sum(file.stat().st_size for file in run.checkpoints.glob("step-*/*"))
+    else:
+        check_new_run(config)
     _check_place(run)
     require_writable(out, max(needed_bytes, 0), "checkpoints")
     return run
@@ -235,7 +238,7 @@ def config_differences(old: Config, new: Config) -> dict[str, str]:
 def _check_place(run: RunDir) -> None:
     """Raise a UserError where neither a run is, nor room for one."""
     out = run.root
-    if not out.exists() or run.exists():
+    if not is_there(out) or run.exists():
         return
     if not out.is_dir() or not set(out.iterdir()) <= _left_by_a_killed_start(run):
         raise UserError(f"'{out}' is not empty and is not a run folder.", "Give another --out.")

@@ -23,7 +23,7 @@ from xar_cli.config.schema import Config
 from xar_cli.errors import UserError
 from xar_cli.hub import local_file, sha256_of
 from xar_cli.model.transformer import XAR
-from xar_cli.run_dir import RunDir
+from xar_cli.run_dir import RunDir, is_there
 from xar_cli.tensor_files import State, copy_and_release, file_mappings, is_state, read_tensor_file
 from xar_cli.weights.fit import Layout, layout_of, network_of_state, require_fit, require_same_network
 from xar_cli.weights.published import check_ours, check_published, is_derived, our_shapes, parts
@@ -157,7 +157,7 @@ def open_weights(source: str | Path, config: Config | None = None, *, ema: bool 
 def find_weights(source: str | Path, *, ema: bool = True) -> FoundWeights:
     """Open a source of weights and recognise it, whatever network it is of; errors as `open_weights`."""
     path = local_file(source)
-    if (path / STATE_FILE).is_file():
+    if is_there(path / STATE_FILE):
         require_whole(path)
         return _find_in_checkpoint(str(source), path, ema)
     if path.is_dir():

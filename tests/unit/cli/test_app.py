@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
+import typer
 
 from xar_cli import __version__
 from xar_cli.cli import app as app_module
@@ -30,6 +35,20 @@ def test_every_command_has_help(capsys, command):
     assert "Usage: xar " + command in out
 
 
+def option_help(*words: str) -> dict[str, str]:
+    """What `--help` says of every option of a command, as it stands in the code: not wrapped."""
+    command = typer.main.get_command(app_module.app)
+    for word in words:
+        command = command.commands[word]
+    return {parameter.opts[0]: parameter.help or "" for parameter in command.params}
+
+
+def test_help_tells_the_default_that_is_taken():
+    assert "with --run evaluate.count" in option_help("fid")["--count"]
+    assert not [text for option, text in option_help("fid", "stats").items() if "--run" in text]
+    assert "./samples" in option_help("sample")["--out"]
+
+
 def test_unknown_command_and_option_exit_with_2(capsys):
     code, _, err = run(capsys, "trian")
     assert code == 2
@@ -41,6 +60,32 @@ def test_a_table_shows_brackets_and_colons_as_they_are(capsys):
     row = ("/data/[red]set[/wrong]/[0]", ":smile: " + 300 * "x")
     print_rows([row], ("path", "what"))
     assert "  ".join(row) in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("buffered", [True, False])
+@pytest.mark.parametrize("command", ["list", "show tiny"])
+@pytest.mark.parametrize(
+    ("stdout", "code", "words"),
+    [(">&-", 0, ""), (">/dev/full", 1, "error: The result cannot be printed: No space left on device.\n  next: ")],
+)
+def test_a_stdout_that_takes_nothing(monkeypatch, command, stdout, code, words, buffered):
+    if "full" in stdout and not Path("/dev/full").exists():
+        pytest.skip("this system has no /dev/full")
+    monkeypatch.setenv("PYTHONUNBUFFERED", "" if buffered else "1")
+    line = f'"{sys.executable}" -m xar_cli recipes {command} {stdout}'
+    done = subprocess.run(["sh", "-c", line], stderr=subprocess.PIPE, text=True, check=False)
+    assert done.returncode == code
+    assert done.stderr.startswith(words)
+    assert len(done.stderr.splitlines()) == len(words.splitlines())
+
+
+def test_an_error_of_the_system_that_is_not_of_stdout_keeps_its_traceback(capsys, monkeypatch):
+    def failed(**_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(app_module, "app", failed)
+    with pytest.raises(OSError, match="No space left"):
+        main([])
 
 
 def test_the_list_of_recipes_has_a_line_for_each(capsys):

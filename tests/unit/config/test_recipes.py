@@ -10,12 +10,21 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from typer.testing import CliRunner
 
 from xar_cli.cli.app import app
-from xar_cli.config import Config, dump_config, list_recipes, load_config_file, load_recipe, published_result
-from xar_cli.config.recipes import json_schema, override, validate
-from xar_cli.config.reference import config_reference
+from xar_cli.config import (
+    Config,
+    check_new_run,
+    dump_config,
+    list_recipes,
+    load_config_file,
+    load_recipe,
+    published_result,
+)
+from xar_cli.config.recipes import override, validate
+from xar_cli.config.reference import config_reference, json_schema
 from xar_cli.config.schema import SubsampleEntity, TokenEntity
 from xar_cli.errors import UserError
 from xar_cli.model import XAR
@@ -36,6 +45,7 @@ def test_every_shipped_recipe_is_valid_and_reloads_to_an_equal_object(name, tmp_
     path.write_text(dump_config(config))
     assert load_config_file(path) == config
     assert config.name == name
+    check_new_run(config)
 
 
 @pytest.mark.parametrize("name", PUBLISHED)
@@ -94,6 +104,21 @@ def test_another_kind_by_override_drops_the_keys_of_the_one_before():
         load_recipe("base", ["entity.stride=2", "entity.kind=token"])
 
 
+@pytest.mark.parametrize("key", ["kind", "model.kind"])
+def test_a_kind_where_there_are_none_is_an_unknown_key_and_nothing_else(key):
+    with pytest.raises(UserError, match=rf"has 1 fault:\n  {key}: unknown key"):
+        load_recipe("base", [f"{key}=token"])
+
+
+def test_the_same_kind_said_again_keeps_what_is_not_said(tmp_path):
+    whole, one_key = "tokenizer={kind: pixels, patch: 1}", "tokenizer.patch=1"
+    assert load_recipe("tiny", [whole]) == load_recipe("tiny", [one_key])
+    assert load_recipe("tiny", [whole]).tokenizer.latent_scale == 1.33
+    path = tmp_path / "mine.yaml"
+    path.write_text("extends: tiny\ntokenizer: {kind: pixels, patch: 1}\nentity: {kind: token}\n")
+    assert load_recipe(str(path)) == load_recipe("tiny", [one_key, "entity.kind=token"])
+
+
 def test_a_recipe_may_extend_one_that_extends_another(tmp_path):
     path = tmp_path / "mine.yaml"
     path.write_text("name: mine\nextends: ablations/entity-token\ntrain: {epochs: 7}\n")
@@ -136,6 +161,12 @@ def test_a_changed_recipe_is_expected_to_give_nothing(change, expected):
         (["sample.num_steps=1"], "needs num_steps of 2 or more"),
         (["train.decay_start_fraction=0.1"], "must not lie before warmup_fraction"),
         (["train.ema_decays=[1.0]"], "must lie in"),
+        (["train.betas=[1.0, 0.96]"], "train.betas.0: Input should be less than 1"),
+        (["train.betas=[0.9, -0.1]"], "train.betas.1: Input should be greater than or equal to 0"),
+        (["train.seed=18446744073709551616"], "train.seed: Input should be less than 18446744073709551616"),
+        (["train.max_batch_per_rank=foo"], "1 fault:\n  train.max_batch_per_rank: must be a whole number above 0"),
+        (["train.max_batch_per_rank=0"], "1 fault:\n  train.max_batch_per_rank: must be a whole number above 0"),
+        (["sample.num_steps=²"], "sample.num_steps: must be a whole number from 1 to 1000"),
         (["entity={kind: subsample, stride: 3}"], "entity.stride 3 does not divide"),
         (["entity={kind: subsample, stride: [2, 3]}"], "entity.stride 2 x 3 does not divide the 16 x 16 grid"),
         (["entity={kind: scale, sizes: [1, 2, 8]}"], "is not the 16 x 16 grid"),
@@ -153,6 +184,28 @@ def test_values_that_do_not_fit_together_are_refused(overrides, message):
     with pytest.raises(UserError) as caught:
         load_recipe("base", overrides)
     assert message in caught.value.message
+
+
+@pytest.mark.parametrize("command", [("recipes", "validate", "base"), ("train", "--recipe", "base", "--dry-run")])
+def test_faults_of_a_new_run_are_told_together(command):
+    """They load all the same: runs and weights of earlier versions may hold them."""
+    changes = ["train.global_batch_size=32", "evaluate.protocol=adm, admm", "evaluate.count=1"]
+    sets = [word for change in changes for word in ("--set", change)]
+    with pytest.raises(UserError) as caught:
+        CliRunner().invoke(app, [*command, *sets], catch_exceptions=False)
+    assert caught.value.message.splitlines() == [
+        "The recipe base has 3 faults:",
+        "  train.min_lr: 1e-05 is above the peak learning rate, 6.25e-06 (base_lr 5e-05 * 32 / 256): "
+        "it would rise at the end",
+        "  evaluate.protocol: there is no protocol 'admm'. Did you mean 'adm'?",
+        "  evaluate.count: one image is no distribution (got 1)",
+    ]
+    stored = load_recipe("base", changes)
+    assert validate(stored.model_dump(mode="json"), "as stored") == stored
+
+
+def test_several_protocols_are_no_fault():
+    check_new_run(load_recipe("base", ["evaluate.protocol=adm, clean-fid", "evaluate.count=2"]))
 
 
 @pytest.mark.parametrize("entity", ["{kind: token}", "{kind: image}", "{kind: subsample, stride: 4}"])
@@ -186,7 +239,59 @@ def test_scientific_notation_without_a_dot_is_a_number():
     assert load_recipe("base", ["train.base_lr=5e-5"]).train.base_lr == 5e-5
 
 
-@pytest.mark.parametrize("content", ["- a list\n", "a: [1\n", None])
+def test_the_largest_seed_is_taken():
+    config = load_recipe("tiny", [f"train.seed={2**64 - 1}"])
+    assert Config.model_validate_json(config.model_dump_json()).train.seed == 2**64 - 1
+    torch.Generator().manual_seed(config.train.seed)
+
+
+def test_numbers_are_read_to_the_base_10(tmp_path):
+    path = tmp_path / "mine.yaml"
+    path.write_text("extends: tiny\ndata: {num_images: 0100}\nsample: {num_steps: 010}\ntrain: {seed: 1_000}\n")
+    config = load_recipe(str(path), ["train.epochs=010", "train.global_batch_size=+032"])
+    assert (config.data.num_images, config.sample.num_steps, config.train.seed) == (100, 10, 1000)
+    assert (config.train.epochs, config.train.global_batch_size) == (10, 32)
+
+
+@pytest.mark.parametrize("value", ["0x10", "0b11", "1:30", "0b_", "2026-02-30", "on", "yes", "true"])
+def test_what_is_no_decimal_number_is_text(value):
+    key, name = "train.global_batch_size", f"name={value}"
+    with pytest.raises(UserError, match=rf"{key}: Input should be a valid integer.*\(got '{value}'\)"):
+        load_recipe("tiny", [f"{key}={value}"])
+    assert load_recipe("tiny", [name]).name == value
+
+
+@pytest.mark.parametrize(("value", "means"), [("on", True), ("no", False), ("True", True), ("false", False)])
+def test_true_and_false_are_taken_where_they_are_asked_for(value, means):
+    assert load_recipe("tiny", [f"train.compile={value}"]).train.compile is means
+
+
+def test_a_name_that_looks_like_another_value_survives_being_written_down(tmp_path):
+    for name in ("010", "0x10", "089", "2026-02-28", "on", "1:30", "1e5"):
+        config = validate(load_recipe("tiny").model_dump(mode="json") | {"name": name}, "x")
+        path = tmp_path / "config.yaml"
+        path.write_text(dump_config(config))
+        assert load_config_file(path) == config
+
+
+def test_a_key_given_twice_is_refused_with_its_line(tmp_path):
+    path = tmp_path / "mine.yaml"
+    path.write_text("extends: tiny\ntrain: {epochs: 3}\nname: mine\ntrain: {seed: 2}\n")
+    with pytest.raises(UserError, match=r"'train' stands there twice.* line 4, column 1") as caught:
+        load_recipe(str(path))
+    assert caught.value.next_step == "Mend the file at that place."
+    with pytest.raises(UserError, match="'epochs' stands there twice"):
+        load_recipe("tiny", ["train={epochs: 3, seed: 1, epochs: 4}"])
+
+
+def test_merge_keys_may_say_a_key_again(tmp_path):
+    path = tmp_path / "mine.yaml"
+    path.write_text("extends: tiny\nmodel: {<<: {depth: 1, heads: 2}, <<: {dim: 64}, depth: 3}\n")
+    config = load_recipe(str(path))
+    assert (config.model.dim, config.model.depth, config.model.heads) == (64, 3, 2)
+
+
+@pytest.mark.parametrize("content", ["- a list\n", "a: [1\n", "a: !!int b\n", None])
 def test_unreadable_files(content, tmp_path):
     path = tmp_path / "mine.yaml"
     if content is not None:
@@ -206,6 +311,54 @@ def test_json_schema_describes_every_key():
     assert schema["properties"]["train"]
     fields = schema["$defs"]["TrainConfig"]["properties"]
     assert all("description" in field for field in fields.values())
+
+
+def fits(value, rule, whole) -> bool:
+    """Whether a value fits a JSON Schema, of whose words these are looked at."""
+    if "$ref" in rule:
+        return fits(value, whole["$defs"][rule["$ref"].rpartition("/")[2]], whole)
+    if "if" in rule and fits(value, rule["if"], whole) and not fits(value, rule["then"], whole):
+        return False
+    if "not" in rule and fits(value, rule["not"], whole):
+        return False
+    if "anyOf" in rule and not any(fits(value, option, whole) for option in rule["anyOf"]):
+        return False
+    if "const" in rule and value != rule["const"]:
+        return False
+    if rule.get("type") in ("object", "null") and isinstance(value, dict) != (rule["type"] == "object"):
+        return False
+    if not isinstance(value, dict):
+        return True
+    known, keys = rule.get("properties", {}), value.keys()
+    unknown = rule.get("additionalProperties", True) is False and keys - known.keys()
+    fields = all(fits(value[key], known[key], whole) for key in keys & known.keys())
+    return fields and not unknown and keys >= set(rule.get("required", ()))
+
+
+def test_an_editor_takes_every_shipped_recipe_and_sees_what_is_wrong():
+    schema = json.loads(json_schema())
+    files = {name: yaml.safe_load(path.read_text()) for name, path in list_recipes().items()}
+    assert all(fits(values, schema, schema) for values in files.values())
+    base, token = files["base"], files["ablations/entity-token"]
+    assert fits({"extends": "base", "entity": {"order": "centre_out"}}, schema, schema)
+    for wrong in (
+        {key: value for key, value in base.items() if key != "sample"},
+        {**base, "train": {**base["train"], "epohcs": 3}},
+        {**base, "train": {key: value for key, value in base["train"].items() if key != "epochs"}},
+        {**base, "entity": {"kind": "cell"}},
+        {**base, "entity": {"size": 8}},
+        {**base, "published": {"fid": 1.0}},
+        {**token, "colour": "red"},
+        {**token, "entity": {"kind": "token", "size": 1}},
+    ):
+        assert not fits(wrong, schema, schema), wrong
+
+
+def test_extends_misspelt_is_offered(tmp_path):
+    path = tmp_path / "mine.yaml"
+    path.write_text("extend: base\n")
+    with pytest.raises(UserError, match="extend: unknown key; did you mean 'extends'"):
+        load_recipe(str(path))
 
 
 def test_validate_names_its_source():

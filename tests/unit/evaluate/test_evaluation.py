@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import hashlib
 import json
+from typing import get_args
 
 import numpy as np
 import pytest
 from PIL import Image
 
 from tests.unit.evaluate.conftest import make_images, write_folder
+from xar_cli.config.schema import ProtocolName
 from xar_cli.errors import UserError
 from xar_cli.evaluate import Settings, evaluate, make_statistics
 from xar_cli.evaluate.images import ArrayImages, GeneratedImages
-from xar_cli.evaluate.protocols import counted, pick_protocols
+from xar_cli.evaluate.protocols import PROTOCOLS, counted, pick_protocols
 from xar_cli.evaluate.reference import open_reference
 
 QUICK = Settings(error_bars="none", batch_size=4)
@@ -280,6 +282,10 @@ def test_generated_images_are_judged_without_files(folders) -> None:
     found = evaluate(generated, folders[1], "adm", settings=QUICK)
     assert drawn == list(range(22))  # each once
     assert found.frechet_distance == pytest.approx(evaluate(*folders, "adm", settings=QUICK).frechet_distance)
+
+
+def test_the_protocols_that_a_recipe_may_name_are_those_that_there_are() -> None:
+    assert list(get_args(ProtocolName)) == list(PROTOCOLS)
 
 
 def test_unknown_protocols_offer_the_nearest() -> None:

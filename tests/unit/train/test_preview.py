@@ -101,6 +101,38 @@ def test_what_an_evaluation_needs_is_asked_for_first(data, tmp_path):
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.parametrize(
+    ("more", "option"),
+    [
+        ({"reference": Path("real")}, "--reference"),
+        ({"measure": Measure(inception_weights=(Path("inception.pth"),))}, "--inception-weights"),
+    ],
+)
+def test_what_no_evaluation_would_read_is_refused(data, tmp_path, more, option):
+    message = rf"{option} is given, and train\.eval_every is 0: no evaluation would be made"
+    with pytest.raises(UserError, match=message) as caught:
+        train(settings(small_recipe("train.preview_every=5"), data, tmp_path / "run", **more))
+    assert caught.value.next_step == f"Add --set train.eval_every=EPOCHS, or leave {option} away."
+    for cache in (data, None):
+        with pytest.raises(UserError, match=message):
+            dry_run_plan(small_recipe(), cache, tmp_path / "run", 1, **more)
+    assert not (tmp_path / "run").exists()
+
+
+def test_tokenizer_weights_that_nothing_is_drawn_with_are_told(data, tmp_path, caplog, monkeypatch):
+    monkeypatch.setattr(log, "propagate", True)
+    weights, told = {"tokenizer_weights": Path("kl16.ckpt")}, "--tokenizer-weights has no effect"
+    dry_run_plan(small_recipe("train.preview_every=5"), None, tmp_path / "run", 1, **weights)
+    assert told not in caplog.text
+    for start in (
+        lambda: dry_run_plan(small_recipe(), None, tmp_path / "run", 1, **weights),
+        lambda: train(settings(small_recipe("train.epochs=0.2"), data, tmp_path / "run", **weights)),
+    ):
+        caplog.clear()
+        start()
+        assert caplog.text.count(told) == 1
+
+
 def test_a_dry_run_asks_for_what_previews_and_evaluations_need(data, tmp_path):
     """The tokenizer's weights, and, also for another machine, something to compare with."""
     with pytest.raises(UserError, match="nothing to compare with"):
@@ -182,9 +214,9 @@ def test_memory_that_does_not_suffice_for_a_look_does_not_end_the_run(data, tmp_
     log.propagate = True  # for caplog
     monkeypatch.setattr(stage, "sample_latents", full)
     look = ("train.preview_every=5",) if grid else ("train.eval_every=1", "train.eval_count=12")
-    real, out = make_images(tmp_path / "real"), tmp_path / "run"
+    reference = None if grid else make_images(tmp_path / "real")
     config = small_recipe(*look, "evaluate.protocol=digits", "sample.batch_size=4")
-    assert train(settings(config, data, out, reference=real))["steps"] == 10
+    assert train(settings(config, data, tmp_path / "run", reference=reference))["steps"] == 10
     what = "preview" if grid else "evaluation"
     assert f"The {what} of step 5 failed, and the run goes on: Drawing 4 images at a time does not fit" in caplog.text
 

@@ -45,6 +45,25 @@ def test_the_same_config_is_accepted(run):
     assert check_run(run.root, small_recipe(), 0) == run
 
 
+RISING = ("train.min_lr=0.01", "train.base_lr=0.016")  # 8 images a step: a peak of 0.0005
+
+
+def test_no_new_run_begins_with_a_learning_rate_that_rises(tmp_path):
+    with pytest.raises(UserError) as caught:
+        check_run(tmp_path / "new", small_recipe(*RISING), 0)
+    words = "train.min_lr: 0.01 is above the peak learning rate, 0.0005 (base_lr 0.016 * 8 / 256)"
+    assert words in caught.value.message
+    check_run(tmp_path / "new", small_recipe("train.min_lr=0.0005", "train.base_lr=0.016"), 0)
+
+
+@pytest.mark.parametrize("overrides", [RISING, ["evaluate.protocol=admm"], ["evaluate.count=1"]])
+def test_a_run_that_began_so_goes_on(tmp_path, reader, overrides):
+    before, config = RunDir(tmp_path / "before"), small_recipe(*overrides)
+    open_run(before, config, tmp_path / "latents.h5", reader, PLAN)
+    assert load_config_file(before.config) == config
+    assert check_run(before.root, config, 0) == before
+
+
 def test_differences_are_listed(run):
     with pytest.raises(UserError) as caught:
         check_run(run.root, small_recipe("train.epochs=3", "model.depth=2"), 0)
