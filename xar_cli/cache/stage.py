@@ -8,13 +8,11 @@ from __future__ import annotations
 
 import os
 import signal
-import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 import numpy as np
@@ -31,6 +29,7 @@ from xar_cli.distributed import Ranks, pick_device, process_group
 from xar_cli.errors import UserError
 from xar_cli.lock import JobLock
 from xar_cli.logs import log, progress
+from xar_cli.stopping import stop_between_pieces
 
 
 @dataclass(frozen=True)
@@ -212,8 +211,11 @@ def _encode_share(settings: CacheSettings, job: Job, writer: LatentWriter, block
     todo = sum(int(np.count_nonzero(~before[block.start : block.stop])) for block in blocks)
     label = "caching" if ranks.world_size == 1 else f"caching, rank 0 of {ranks.world_size}"
     bad = BadList(bad_list_path(settings.out), settings.max_bad)
-    with _stop_on_sigterm(), progress(todo, label, enabled=ranks.is_main and todo > 0) as display:
-        encode_blocks(job, blocks, writer, bad, display, settings.workers or os.cpu_count() or 1)
+    with (
+        stop_between_pieces(signal.SIGINT, signal.SIGTERM) as stop,
+        progress(todo, label, enabled=ranks.is_main and todo > 0) as display,
+    ):
+        encode_blocks(job, blocks, writer, bad, display, settings.workers or os.cpu_count() or 1, stop)
     return int(np.count_nonzero((writer.states == WRITTEN) & ~before))
 
 
@@ -228,21 +230,3 @@ def _disk_errors(path: Path) -> Iterator[None]:
             "Mend that (free some space, say); the same command goes on from what is stored.",
             exit_code=1,
         ) from error
-
-
-@contextmanager
-def _stop_on_sigterm() -> Iterator[None]:
-    """Turn SIGTERM into an orderly end that commits what was made, where nobody else handles it."""
-    is_main_thread = threading.current_thread() is threading.main_thread()
-    if not is_main_thread or signal.getsignal(signal.SIGTERM) != signal.SIG_DFL:
-        yield
-        return
-
-    def stop(signum: int, frame: FrameType | None) -> None:
-        raise SystemExit(128 + signum)
-
-    signal.signal(signal.SIGTERM, stop)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)
