@@ -102,26 +102,21 @@ def plan_cache(settings: CacheSettings) -> CachePlan:
 def run_cache(settings: CacheSettings, ranks: Ranks) -> CacheSummary:
     """Make this rank's share of a latent cache.
 
-    Ranks meet only before the work, to create the file and to divide what is to do; none waits for another's
-    work. So with several ranks the summary may tell of an unfinished cache: ask `summarize` again when all have
-    ended.
+    Ranks meet only before the work, to create the file and to divide what is to do; what rank 0 is refused there is
+    refused to all. None waits for another's work. So with several ranks the summary may tell of an unfinished cache:
+    ask `summarize` again when all have ended.
 
     Raises:
         UserError: bad input (exit code 2, nothing written), too many bad images or a full disk (exit code 1;
             what was made stays).
     """
     plan, job = make_plan(settings, ranks.device)
-    if ranks.is_main:
-        require_room(settings.out, plan)
-    settings.out.parent.mkdir(parents=True, exist_ok=True)
+    ranks.on_main(lambda: require_room(settings.out, plan))
+    with _disk_errors(settings.out):
+        settings.out.parent.mkdir(parents=True, exist_ok=True)
     with cache_lock(settings.out) as lock:
-        if ranks.is_main:
-            lock.take()
-            _prepare(settings.out, plan, job, ranks.world_size)
-            lock.share()
-        ranks.barrier()
-        if not ranks.is_main:
-            lock.share()
+        ranks.on_main(lambda: _take_and_prepare(lock, settings.out, plan, job, ranks.world_size))
+        lock.share()
         with _disk_errors(settings.out), LatentWriter(settings.out) as writer:
             blocks = share_of_blocks(writer, plan.batch_size, ranks.rank, ranks.world_size)
             ranks.barrier()  # nobody writes before all have divided the same work
@@ -182,6 +177,13 @@ def share_of_blocks(writer: LatentWriter, batch_size: int, rank: int, world_size
     if len(shards) == world_size and all(shard.start % batch_size == 0 for shard in shards):
         return [block for block in blocks if shards[rank].start <= block.start < shards[rank].stop]
     return blocks[len(blocks) * rank // world_size : len(blocks) * (rank + 1) // world_size]
+
+
+def _take_and_prepare(lock: JobLock, out: Path, plan: CachePlan, job: Job, num_shards: int) -> None:
+    """Rank 0's part before the work: the lock, to be shared with the other ranks, and the cache file."""
+    lock.take()
+    _prepare(out, plan, job, num_shards)
+    lock.share()
 
 
 def _prepare(out: Path, plan: CachePlan, job: Job, num_shards: int) -> None:
