@@ -390,7 +390,7 @@ def _find_shards(path: Path, file: h5py.File, layout: CacheLayout) -> list[Shard
             shard = _plain_shard(shard_path, part, int(start), layout)
             if shard is None:
                 return []
-            if _read_layout(part) != layout or part.attrs["first_row"] != start:
+            if part.attrs.get("format") == FORMAT and not _is_part_of(part, layout, int(start)):
                 raise UserError(
                     f"'{shard_path}' belongs to another latent cache than '{path}', or holds other rows of it.",
                     "Put the part there that was made with it, or make the cache anew.",
@@ -399,6 +399,11 @@ def _find_shards(path: Path, file: h5py.File, layout: CacheLayout) -> list[Shard
             return []
         shards.append(shard)
     return sorted(shards, key=lambda shard: shard.start)
+
+
+def _is_part_of(part: h5py.File, layout: CacheLayout, start: int) -> bool:
+    """Whether a part that says of itself what a cache does (one by another program does not) is part of this one."""
+    return _read_layout(part) == layout and part.attrs.get("first_row", start) == start
 
 
 def _plain_shard(path: Path, file: h5py.File, start: int, layout: CacheLayout) -> Shard | None:
