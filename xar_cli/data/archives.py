@@ -30,6 +30,7 @@ from xar_cli.logs import log
 
 ARCHIVE_SUFFIXES = (".tar", ".zip")
 COMPRESSED_TARS = (".tgz", ".tbz", ".tbz2", ".txz", ".tzst")  # besides .tar.gz and its kin
+MAX_LINKS = 40  # that a path may lead through, as on Linux
 MAX_FILE_BYTES = 1 << 30  # a compressed member that unpacks to more is a bomb, not an image
 
 
@@ -193,7 +194,7 @@ class _TarContents:
             UserError: a link leads back to a folder above it.
         """
         lost, tree = [], self._tree() if self.links else {}
-        for name in sorted(self.links, key=lambda name: self._end(name) not in tree):  # files may lie behind folders
+        for name in self.links:
             end = self._end(name)
             if end in tree:
                 self.folders.append(f"{name}/")
@@ -205,11 +206,14 @@ class _TarContents:
         return lost
 
     def _end(self, name: str) -> str:
-        """Where a name leads to, one link after the other."""
-        passed: set[str] = set()
-        while name in self.links and name not in passed:
-            passed.add(name)
-            name = self.links[name]
+        """Where a path leads to, one link after the other, of its folders too; some link of it if it never ends."""
+        for _ in range(MAX_LINKS):
+            parts = name.split("/")
+            heads = ("/".join(parts[: i + 1]) for i in range(len(parts)))
+            link = next((head for head in heads if head in self.links), None)
+            if link is None:
+                break
+            name = posixpath.normpath(self.links[link] + name[len(link) :])
         return name
 
     def _tree(self) -> dict[str, set[str]]:

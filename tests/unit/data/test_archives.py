@@ -140,7 +140,8 @@ def test_links_to_folders_in_a_tar_are_followed_as_in_a_folder(folder, tmp_path)
     link(folder, "../cat/deep", "dog/more")
     link(folder, "../latest", "elk/all")
     link(folder, "../dog", "elk/dog")
-    link(folder, "../dog/more/2.png", "cat/through.png")
+    link(folder, "../latest/deep", "elk/deep")
+    link(folder, "../elk/deep/2.png", "cat/through.png")
     assert "elk/dog/more/2.png" in same_as_folder(folder, tmp_path).names
 
 
@@ -160,6 +161,12 @@ def test_a_circle_of_links_is_refused(folder, tmp_path):
             archive.addfile(member)
     with pytest.raises(UserError, match="2 links"):
         open_archive(tmp_path / "x.tar")
+
+
+def test_a_link_through_itself_leads_nowhere(folder, tmp_path):
+    plain = ImageFolder(folder).names
+    link(folder, "never/ends", "dog/never")
+    assert open_archive(pack(folder, tmp_path / "x.tar")).names == plain
 
 
 @pytest.mark.parametrize("suffix", ["tar", "zip"])
