@@ -127,8 +127,8 @@ def sweep_of_run(settings: SweepSettings) -> dict[str, Any]:
 
         identity = {
             "weights_sha256": source.weights_sha256, "tokenizer": source.codec.tokenizer.identity,
-            "protocol": protocol, "count": source.sampling.count, "seed": settings.seed, "solver": config.sample.solver,
-            **identify_inputs(reference, protocol, measure, ranks),
+            "reference": reference.name, "protocol": protocol, "count": source.sampling.count, "seed": settings.seed,
+            "solver": config.sample.solver, **identify_inputs(reference, protocol, measure, ranks),
         }  # fmt: skip
         return run_sweep(
             out, identity, settings.guidance_scales or (config.sample.guidance_scale,),

@@ -7,11 +7,12 @@ from collections import namedtuple
 import pytest
 import torch
 
-from tests.caches import make_images, pixel_recipe
+from tests.caches import N, make_cache, make_images, pixel_recipe
 from xar_cli.cache import CacheSettings, cache_latents, pipeline
 from xar_cli.cache.plan import make_plan
 from xar_cli.cache.stage import _prepare, plan_cache
 from xar_cli.data.cache_file import CacheFile
+from xar_cli.data.latents import LatentReader
 from xar_cli.errors import UserError
 
 RECIPE = pixel_recipe("data.num_classes=3")
@@ -91,6 +92,38 @@ def test_what_a_killed_process_left_is_removed_and_needs_no_second_space(images,
     assert sorted(file.name for file in out.parent.iterdir()) == sorted([*others, ".latents.h5.lock", "latents.h5"])
     make(images, out)
     assert sorted(file.name for file in out.parent.iterdir()) == sorted([*others, ".latents.h5.lock", "latents.h5"])
+
+
+def test_the_parts_of_a_cache_whose_file_was_renamed_are_not_taken_for_leftovers(images, tmp_path):
+    out, renamed = tmp_path / "latents.h5", tmp_path / "latents-old.h5"
+    make_cache(out, num_shards=3)
+    out.rename(renamed)
+    before = {file.name: file.read_bytes() for file in tmp_path.glob("latents*.h5")}
+    settings = CacheSettings(images=images, out=out, config=RECIPE, device="cpu")
+    for refused in (lambda: make(images, out), lambda: plan_cache(settings)):
+        with pytest.raises(UserError, match=r"'.*latents\.shard-00000-of-00003\.h5' is a part of a latent cache"):
+            refused()
+    assert {file.name: file.read_bytes() for file in tmp_path.glob("latents*.h5")} == before
+    assert LatentReader(renamed).num_samples == N
+
+
+def test_one_row_done_or_a_part_that_is_cut_off_keeps_all_parts(images, tmp_path):
+    out = tmp_path / "latents.h5"
+    make_cache(out, num_shards=2, finish=False)
+    first, second = CacheFile(out).shards
+    empty = second.path.read_bytes()
+    one_done = bytearray(empty)
+    one_done[second.offsets["written"] + 3] = 1
+    out.unlink()
+    for content in (bytes(one_done), empty[: len(empty) // 2]):
+        second.path.write_bytes(content)
+        with pytest.raises(UserError, match="shard-00001-of-00002"):
+            make(images, out)
+        assert first.path.exists()
+        assert second.path.read_bytes() == content
+    second.path.write_bytes(empty)
+    make(images, out)
+    assert not first.path.exists()
 
 
 def test_a_plan_beside_a_cache_that_is_being_made_does_not_count_its_space_twice(images, tmp_path, disk, monkeypatch):

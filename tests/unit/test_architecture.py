@@ -18,7 +18,7 @@ PACKAGE = Path(xar_cli.__file__).parent
 ORDER = [
     {"errors", "logs", "run_dir"},
     {"config"},
-    {"distributed", "precision", "compiler", "device_memory", "tensor_files", "hub", "lock"},
+    {"distributed", "precision", "compiler", "device_memory", "tensor_files", "hub", "lock", "stopping"},
     {"data", "tokenizer"},
     {"model"},
     {"flow"},

@@ -78,12 +78,27 @@ def too_many_bad(path: Path, count: int, max_bad: int | None, last: str = "") ->
 
 
 def encode_blocks(
-    job: Job, blocks: Sequence[Block], writer: LatentWriter, bad: BadList, display: Progress, workers: int
+    job: Job,
+    blocks: Sequence[Block],
+    writer: LatentWriter,
+    bad: BadList,
+    display: Progress,
+    workers: int,
+    stop: Callable[[], None] = lambda: None,
 ) -> None:
     """Make and store all missing rows of some blocks.
 
     A block is always made whole, its stored and bad rows too, since a row's last bits may depend on the
     batch. An image that is stored and can no longer be read stays stored.
+
+    Args:
+        job: what the rows are made from.
+        blocks: which rows.
+        writer: of the cache.
+        bad: where images that cannot be used are listed.
+        display: where rows are counted for people.
+        workers: threads that load.
+        stop: called before each block; may raise to end the work. What was made is stored then.
 
     Raises:
         UserError: more bad images than allowed, a machine that fails to read images, or moments that are not
@@ -93,6 +108,7 @@ def encode_blocks(
     store = _Store(writer, display, bad)
     try:
         for block, loaded in _load_ahead(job, blocks, workers):
+            stop()
             items, failures = _collect(job, loaded)
             done = writer.states[block.start : block.stop] == WRITTEN
             for i, error in failures.items():
@@ -114,10 +130,7 @@ def encode_blocks(
 
 class _Store:
     """A thread that takes moments off the device and writes them, so that the encoder need not wait for the
-    disk.
-
-    An executor's, which takes its work without Python code that a signal could break into: with queue.Queue,
-    a signal in the midst of `put` can leave the thread waiting for ever.
+    disk. No handler of a signal may raise while work is handed to it (stopping.py).
     """
 
     def __init__(self, writer: LatentWriter, display: Progress, bad: BadList) -> None:

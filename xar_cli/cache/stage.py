@@ -8,13 +8,11 @@ from __future__ import annotations
 
 import os
 import signal
-import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 import numpy as np
@@ -31,6 +29,7 @@ from xar_cli.distributed import Ranks, pick_device, process_group
 from xar_cli.errors import UserError
 from xar_cli.lock import JobLock
 from xar_cli.logs import log, progress
+from xar_cli.stopping import stop_between_pieces
 
 
 @dataclass(frozen=True)
@@ -103,26 +102,21 @@ def plan_cache(settings: CacheSettings) -> CachePlan:
 def run_cache(settings: CacheSettings, ranks: Ranks) -> CacheSummary:
     """Make this rank's share of a latent cache.
 
-    Ranks meet only before the work, to create the file and to divide what is to do; none waits for another's
-    work. So with several ranks the summary may tell of an unfinished cache: ask `summarize` again when all have
-    ended.
+    Ranks meet only before the work, to create the file and to divide what is to do; what rank 0 is refused there is
+    refused to all. None waits for another's work. So with several ranks the summary may tell of an unfinished cache:
+    ask `summarize` again when all have ended.
 
     Raises:
         UserError: bad input (exit code 2, nothing written), too many bad images or a full disk (exit code 1;
             what was made stays).
     """
     plan, job = make_plan(settings, ranks.device)
-    if ranks.is_main:
-        require_room(settings.out, plan)
-    settings.out.parent.mkdir(parents=True, exist_ok=True)
+    ranks.on_main(lambda: require_room(settings.out, plan))
+    with _disk_errors(settings.out):
+        settings.out.parent.mkdir(parents=True, exist_ok=True)
     with cache_lock(settings.out) as lock:
-        if ranks.is_main:
-            lock.take()
-            _prepare(settings.out, plan, job, ranks.world_size)
-            lock.share()
-        ranks.barrier()
-        if not ranks.is_main:
-            lock.share()
+        ranks.on_main(lambda: _take_and_prepare(lock, settings.out, plan, job, ranks.world_size))
+        lock.share()
         with _disk_errors(settings.out), LatentWriter(settings.out) as writer:
             blocks = share_of_blocks(writer, plan.batch_size, ranks.rank, ranks.world_size)
             ranks.barrier()  # nobody writes before all have divided the same work
@@ -185,6 +179,13 @@ def share_of_blocks(writer: LatentWriter, batch_size: int, rank: int, world_size
     return blocks[len(blocks) * rank // world_size : len(blocks) * (rank + 1) // world_size]
 
 
+def _take_and_prepare(lock: JobLock, out: Path, plan: CachePlan, job: Job, num_shards: int) -> None:
+    """Rank 0's part before the work: the lock, to be shared with the other ranks, and the cache file."""
+    lock.take()
+    _prepare(out, plan, job, num_shards)
+    lock.share()
+
+
 def _prepare(out: Path, plan: CachePlan, job: Job, num_shards: int) -> None:
     """Bring the cache file into being, unless it is there; without what a killed process left of another try."""
     bad_list_path(out).unlink(missing_ok=True)  # bad images are tried again
@@ -212,8 +213,11 @@ def _encode_share(settings: CacheSettings, job: Job, writer: LatentWriter, block
     todo = sum(int(np.count_nonzero(~before[block.start : block.stop])) for block in blocks)
     label = "caching" if ranks.world_size == 1 else f"caching, rank 0 of {ranks.world_size}"
     bad = BadList(bad_list_path(settings.out), settings.max_bad)
-    with _stop_on_sigterm(), progress(todo, label, enabled=ranks.is_main and todo > 0) as display:
-        encode_blocks(job, blocks, writer, bad, display, settings.workers or os.cpu_count() or 1)
+    with (
+        stop_between_pieces(signal.SIGINT, signal.SIGTERM) as stop,
+        progress(todo, label, enabled=ranks.is_main and todo > 0) as display,
+    ):
+        encode_blocks(job, blocks, writer, bad, display, settings.workers or os.cpu_count() or 1, stop)
     return int(np.count_nonzero((writer.states == WRITTEN) & ~before))
 
 
@@ -228,21 +232,3 @@ def _disk_errors(path: Path) -> Iterator[None]:
             "Mend that (free some space, say); the same command goes on from what is stored.",
             exit_code=1,
         ) from error
-
-
-@contextmanager
-def _stop_on_sigterm() -> Iterator[None]:
-    """Turn SIGTERM into an orderly end that commits what was made, where nobody else handles it."""
-    is_main_thread = threading.current_thread() is threading.main_thread()
-    if not is_main_thread or signal.getsignal(signal.SIGTERM) != signal.SIG_DFL:
-        yield
-        return
-
-    def stop(signum: int, frame: FrameType | None) -> None:
-        raise SystemExit(128 + signum)
-
-    signal.signal(signal.SIGTERM, stop)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)

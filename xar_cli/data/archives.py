@@ -10,6 +10,7 @@ import os
 import posixpath
 import tarfile
 import zipfile
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -25,10 +26,12 @@ from xar_cli.data.images import (
     sort_into_classes,
 )
 from xar_cli.errors import UserError
+from xar_cli.logs import log
 from xar_cli.run_dir import is_there
 
 ARCHIVE_SUFFIXES = (".tar", ".zip")
 COMPRESSED_TARS = (".tgz", ".tbz", ".tbz2", ".txz", ".tzst")  # besides .tar.gz and its kin
+MAX_LINKS = 40  # that a path may lead through, as on Linux
 MAX_FILE_BYTES = 1 << 30  # a compressed member that unpacks to more is a bomb, not an image
 
 
@@ -42,8 +45,8 @@ def open_archive(path: Path) -> ArchiveImages:
     """The images in a `.tar` or `.zip`.
 
     Raises:
-        UserError: a compressed tar, a damaged or encrypted archive, links that lead out of it, a class without
-            images, or no images at all.
+        UserError: a compressed tar, a damaged or encrypted archive, images that are links to somewhere else, a class
+            without images, or no images at all.
     """
     return ZipImages(path) if path.suffix.lower() == ".zip" else TarImages(path)
 
@@ -96,12 +99,18 @@ class TarImages(ArchiveImages):
             ) from None
         self._places = contents.files
         lost = contents.follow_links()
-        if lost:
+        images = [name for name in lost if is_image_name(name)]
+        if images:
             raise UserError(
-                f"{len(lost)} links of '{path}' lead to no file in it, '{printable(lost[0])}' for one.",
+                f"{len(images)} links of '{path}' lead to no file in it, '{printable(images[0])}' for one.",
                 "Pack it again with the files that they lead to: tar --dereference.",
             )
-        super().__init__(path, [*self._places, *contents.folders])
+        if lost:
+            log.warning(
+                f"{len(lost)} links of '{printable(str(path))}' lead to nothing in it and are left out, "
+                f"'{printable(lost[0])}' for one"
+            )
+        super().__init__(path, [*self._places, *lost, *contents.folders])
         self._descriptor = os.open(path, os.O_RDONLY)
 
     def _read(self, name: str, shown: str) -> bytes:
@@ -179,18 +188,61 @@ class _TarContents:
                 self.files[name] = (place, member.size)
 
     def follow_links(self) -> list[str]:
-        """Give each link the place of the file that it leads to; the names of those that lead to none."""
-        lost = []
-        for name, target in self.links.items():
-            passed = {name}
-            while target in self.links and target not in passed:
-                passed.add(target)
-                target = self.links[target]
-            if target in self.files:
-                self.files[name] = self.files[target]
+        """Give each link the place of the file that it leads to, or all files of the folder; the names of those that
+        lead to nothing here.
+
+        Raises:
+            UserError: a link leads back to a folder above it.
+        """
+        lost, tree = [], self._tree() if self.links else {}
+        for name in self.links:
+            end = self._end(name)
+            if end in tree:
+                self.folders.append(f"{name}/")
+                self.files.update({f"{name}/{inner}": place for inner, place in self._files_below(tree, end)})
+            elif end in self.files:
+                self.files[name] = self.files[end]
             else:
                 lost.append(name)
         return lost
+
+    def _end(self, name: str) -> str:
+        """Where a path leads to, one link after the other, of its folders too; some link of it if it never ends."""
+        for _ in range(MAX_LINKS):
+            parts = name.split("/")
+            heads = ("/".join(parts[: i + 1]) for i in range(len(parts)))
+            link = next((head for head in heads if head in self.links), None)
+            if link is None:
+                break
+            name = posixpath.normpath(self.links[link] + name[len(link) :])
+        return name
+
+    def _tree(self) -> dict[str, set[str]]:
+        """The names in every folder; "." is the outermost."""
+        folders = [name.rstrip("/") for name in self.folders]
+        tree: dict[str, set[str]] = {name: set() for name in folders}
+        for name in (*self.files, *self.links, *folders):
+            while name:
+                folder, _, last = name.rpartition("/")
+                tree.setdefault(folder or ".", set()).add(last)
+                name = folder
+        return tree
+
+    def _files_below(
+        self, tree: dict[str, set[str]], folder: str, above: tuple[str, ...] = ()
+    ) -> Iterator[tuple[str, tuple[int, int]]]:
+        """The files of a folder, links in it followed: name inside it and place."""
+        if folder in above:
+            raise UserError(
+                f"A link in '{printable(folder)}' leads back to a folder above it.", "Remove the link: it never ends."
+            )
+        for name in tree[folder]:
+            end = self._end(posixpath.normpath(f"{folder}/{name}"))
+            if end in tree:
+                for inner, place in self._files_below(tree, end, (*above, folder)):
+                    yield f"{name}/{inner}", place
+            elif end in self.files:
+                yield name, self.files[end]
 
 
 def _is_hidden_path(name: str) -> bool:

@@ -116,12 +116,33 @@ def shard_paths(path: Path, count: int) -> list[Path]:
 def leftovers(path: Path) -> list[Path]:
     """Files that a process left which was killed in `create_cache`, where `path` itself is not there: parts without
     the file that joins them, and files that were being made.
+
+    Raises:
+        UserError: a part holds rows, so that it is of a cache whose joining file was renamed or lost.
     """
     if path.exists() or not path.parent.is_dir():
         return []
     part = rf"{re.escape(path.stem)}\.shard-\d{{5,}}-of-\d{{5,}}{re.escape(path.suffix)}"
     being_made = rf"\.({re.escape(path.name)}|{part})\.\d+\.tmp"
-    return [file for file in path.parent.iterdir() if re.fullmatch(f"{part}|{being_made}", file.name)]
+    files = list(path.parent.iterdir())
+    parts = [file for file in files if re.fullmatch(part, file.name)]
+    in_use = sorted(file for file in parts if _may_hold_rows(file))
+    if in_use:
+        raise UserError(
+            f"'{in_use[0]}' is a part of a latent cache, and the file '{path.name}' that joins its parts is not there.",
+            "Choose another --out; or move the parts away, with that file if it was renamed; or remove them.",
+        )
+    return [*parts, *(file for file in files if re.fullmatch(being_made, file.name))]
+
+
+def _may_hold_rows(part: Path) -> bool:
+    """Whether a part is anything else than what `create_cache` leaves when it is killed, which has no row done."""
+    try:
+        with open_hdf5(part) as file:
+            return bool(file["written"][:].any())
+    except (OSError, KeyError, RuntimeError, ValueError) as error:
+        refused = isinstance(error, OSError) and error.errno is not None  # by the system: it may hold anything
+        return refused or h5py.is_hdf5(part)
 
 
 def shard_bounds(num_samples: int, count: int, unit: int = 1) -> list[tuple[int, int]]:
@@ -369,7 +390,7 @@ def _find_shards(path: Path, file: h5py.File, layout: CacheLayout) -> list[Shard
             shard = _plain_shard(shard_path, part, int(start), layout)
             if shard is None:
                 return []
-            if _read_layout(part) != layout or part.attrs["first_row"] != start:
+            if part.attrs.get("format") == FORMAT and not _is_part_of(part, layout, int(start)):
                 raise UserError(
                     f"'{shard_path}' belongs to another latent cache than '{path}', or holds other rows of it.",
                     "Put the part there that was made with it, or make the cache anew.",
@@ -378,6 +399,11 @@ def _find_shards(path: Path, file: h5py.File, layout: CacheLayout) -> list[Shard
             return []
         shards.append(shard)
     return sorted(shards, key=lambda shard: shard.start)
+
+
+def _is_part_of(part: h5py.File, layout: CacheLayout, start: int) -> bool:
+    """Whether a part that says of itself what a cache does (one by another program does not) is part of this one."""
+    return _read_layout(part) == layout and part.attrs.get("first_row", start) == start
 
 
 def _plain_shard(path: Path, file: h5py.File, start: int, layout: CacheLayout) -> Shard | None:

@@ -74,7 +74,7 @@ def read_failure(name: str, error: Exception) -> UserError:
     if isinstance(error, MemoryError) or (number is not None and number not in _FAULTS_OF_A_FILE):
         return UserError(
             f"Reading '{printable(name)}' failed: {_reason(error)}.",
-            "That is the machine, not the file: mend it; the same command goes on from what is stored.",
+            "That is the machine, not the file: mend it, and give the same command again.",
             exit_code=1,
         )
     return BadImageError(name, _reason(error))

@@ -10,6 +10,7 @@ import hashlib
 import itertools
 import json
 import shutil
+import signal
 import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -29,6 +30,7 @@ from xar_cli.evaluate.images import FolderImages, ImageSet
 from xar_cli.evaluate.networks import FeatureNetwork
 from xar_cli.logs import log, progress
 from xar_cli.run_dir import require_writable, write_atomic, write_json
+from xar_cli.stopping import stop_between_pieces
 
 TABLE_VERSION = 1
 DONE = "table.json"
@@ -165,8 +167,12 @@ def _extract_rows(
     outcome = _Outcome([], None)
     check = _SizeCheck(network, images)
     try:
-        with progress(last - first, f"features ({network.name})", enabled=ranks.is_main) as display:
+        with (
+            stop_between_pieces(signal.SIGINT) as stop,
+            progress(last - first, f"features ({network.name})", enabled=ranks.is_main) as display,
+        ):
             for rows, loaded in _batches(images, network, indices, first, last, batch_size, workers):
+                stop()
                 good: list[tuple[int, np.ndarray]] = []
                 for row, item in zip(rows, loaded, strict=True):
                     if isinstance(item, BadImageError):

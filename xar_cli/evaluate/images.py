@@ -327,8 +327,14 @@ def manifest_of_npz(path: Path, arrays: Mapping[str, np.ndarray]) -> Mapping[str
     Raises:
         UserError: the manifest is damaged.
     """
-    manifest, labels = _read_manifest(path.parent), arrays.get("arr_1")
-    if manifest is None or labels is None:
+    labels, beside = arrays.get("arr_1"), path.parent / MANIFEST
+    if labels is None or not beside.is_file():
+        return None
+    try:
+        manifest = _checked_manifest(json.loads(beside.read_text(encoding="utf-8")), beside)
+    except ValueError:  # another program's file
+        return None
+    if manifest is None:
         return None
     return manifest if labels.tolist() == (manifest.get("labels") or [])[: len(labels)] else None
 

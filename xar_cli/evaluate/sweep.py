@@ -106,7 +106,8 @@ def run_sweep(
     Args:
         out: folder of the sweep; holds one line a point, so that a stopped sweep goes on.
         identity: what all points share (weights, reference, protocol, count, seed); another one is refused. What a
-            sweep of an older version does not tell is taken to be the same.
+            sweep of an older version does not tell is taken to be the same. Where both tell the `reference_sha256`,
+            `reference` may be another path.
         score: draws and scores a point; None on ranks other than 0.
 
     Returns:
@@ -219,8 +220,10 @@ def _check_identity(out: Path, identity: Mapping[str, Any]) -> None:
     path = out / IDENTITY_FILE
     if not path.is_file():
         return
-    there = json.loads(path.read_text(encoding="utf-8"))
-    other = [key for key, value in json.loads(json.dumps(identity)).items() if there.get(key, value) != value]
+    there, here = json.loads(path.read_text(encoding="utf-8")), json.loads(json.dumps(identity))
+    if "reference_sha256" in there:  # its content counts; a sweep of an older version tells its path alone
+        here.pop("reference", None)
+    other = [key for key, value in here.items() if there.get(key, value) != value]
     if other:
         raise UserError(
             f"'{out}' holds a sweep with another {', '.join(other)}.", "Give another --out, or the same settings."

@@ -1,6 +1,7 @@
 """Shares of the work: whole, even, and free to change on resume. Real processes: tests/integration."""
 
 import threading
+from collections import namedtuple
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
@@ -23,10 +24,25 @@ class ThreadRanks(Ranks):
     """Ranks that are threads of this process."""
 
     meeting: threading.Barrier
+    told: list  # by rank 0: what it computed, and the error that it met
 
     def barrier(self) -> None:
         """Wait for the other threads."""
         self.meeting.wait(timeout=60)
+
+    def on_main(self, compute):
+        """What `compute` gives on rank 0; a UserError there is raised in all threads."""
+        if self.is_main:
+            try:
+                self.told[:] = compute(), None
+            except UserError as error:
+                self.told[:] = None, error
+        self.barrier()
+        value, error = self.told
+        self.barrier()  # all have heard it before rank 0 tells something else
+        if error is not None:
+            raise error
+        return value
 
 
 @pytest.fixture(scope="module")
@@ -34,15 +50,35 @@ def images(tmp_path_factory):
     return make_images(tmp_path_factory.mktemp("ranks") / "images", 3, NUM // 3)
 
 
+def thread_ranks(world_size):
+    meeting, told = threading.Barrier(world_size), [None, None]
+    ranks = [ThreadRanks(rank, rank, world_size, torch.device("cpu")) for rank in range(world_size)]
+    for one in ranks:
+        object.__setattr__(one, "meeting", meeting)
+        object.__setattr__(one, "told", told)
+    return ranks
+
+
+def refusals(images, out, world_size=2):
+    """What each rank is told by the UserError that it ends with."""
+    settings = CacheSettings(images=images, out=out, config=RECIPE, batch_size=4, device="cpu")
+
+    def work(ranks):
+        with pytest.raises(UserError) as caught:
+            run_cache(settings, ranks)
+        return caught.value.message
+
+    with ThreadPoolExecutor(world_size) as pool:
+        return list(pool.map(work, thread_ranks(world_size)))
+
+
 def run_ranks(images, out, world_size, only=None, **settings):
     """Run all ranks at once, or let those not in `only` leave as soon as the work begins; what each made."""
     chosen = CacheSettings(images=images, out=out, config=RECIPE, batch_size=4, device="cpu", **settings)
-    meeting = threading.Barrier(world_size)
+    all_ranks = thread_ranks(world_size)
 
     def work(rank):
-        ranks = ThreadRanks(rank, rank, world_size, torch.device("cpu"))
-        object.__setattr__(ranks, "meeting", meeting)
-        return run_cache(chosen, ranks).num_encoded
+        return run_cache(chosen, all_ranks[rank]).num_encoded
 
     real = stage._encode_share
 
@@ -133,3 +169,29 @@ def test_a_second_job_is_refused_while_any_rank_of_the_first_lives(images, tmp_p
     assert refused == [1]
     with stage.cache_lock(out) as lock:
         lock.take()
+
+
+def test_a_disk_that_is_too_small_is_refused_to_all_ranks_and_nothing_is_left(images, tmp_path, monkeypatch):
+    usage = namedtuple("usage", "total used free")
+    monkeypatch.setattr("xar_cli.run_dir.shutil.disk_usage", lambda _: usage(2000, 0, 2000))
+    told = refusals(images, tmp_path / "new" / "x.h5")
+    assert told[0] == told[1]
+    assert "Not enough disk space for the latent cache" in told[0]
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_place_that_cannot_be_written_is_refused_to_all_ranks(images, tmp_path):
+    (tmp_path / "file").write_text("no folder")
+    told = refusals(images, tmp_path / "file" / "new" / "x.h5")
+    assert told[0] == told[1]
+    assert "Cannot write the latent cache under" in told[0]
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
+def test_a_cache_that_is_being_written_is_refused_to_all_ranks(images, tmp_path):
+    with stage.cache_lock(tmp_path / "x.h5") as lock:
+        lock.take()
+        told = refusals(images, tmp_path / "x.h5")
+    assert told[0] == told[1]
+    assert "is being written by process" in told[0]
+    assert not (tmp_path / "x.h5").exists()

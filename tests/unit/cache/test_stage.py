@@ -3,6 +3,8 @@
 import errno
 import json
 import os
+import signal
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -77,6 +79,32 @@ def test_an_interrupted_run_goes_on_and_makes_the_same_bytes(images, tmp_path, m
     assert (CacheFile(broken).states == 1).sum() == 12
     assert make(images, broken).num_encoded == 15
     assert broken.read_bytes() == whole.read_bytes()
+
+
+@pytest.mark.parametrize(("number", "ends"), [(signal.SIGINT, KeyboardInterrupt), (signal.SIGTERM, SystemExit)])
+@pytest.mark.parametrize("call", [20, 21])  # to the threads that load, and to the one that writes
+def test_a_signal_never_breaks_into_the_handing_over_of_work(images, tmp_path, monkeypatch, number, ends, call):
+    """There it could leave a thread waiting for ever. The block in work is stored; the work ends before the next."""
+    stopped, whole = tmp_path / "stopped.h5", tmp_path / "whole.h5"
+    real, calls = ThreadPoolExecutor.submit, []
+
+    def submit(self, *arguments):
+        calls.append("begun")
+        if len(calls) == call:
+            signal.raise_signal(number)
+            calls.append("gone on")
+        return real(self, *arguments)
+
+    monkeypatch.setattr(ThreadPoolExecutor, "submit", submit)
+    with pytest.raises(ends):
+        make(images, stopped, batch_size=1)
+    assert calls[call] == "gone on"
+    done = (CacheFile(stopped).states == 1).sum()
+    assert 0 < done < 27
+    monkeypatch.undo()
+    assert make(images, stopped, batch_size=1).num_encoded == 27 - done
+    make(images, whole, batch_size=1)
+    assert stopped.read_bytes() == whole.read_bytes()
 
 
 def test_bad_images_end_the_work_and_what_was_made_is_kept(images, tmp_path):

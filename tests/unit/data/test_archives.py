@@ -28,7 +28,7 @@ def folder(tmp_path):
 
 
 def pack(folder, path, inside=""):
-    files = sorted(file for file in folder.rglob("*") if file.is_file())
+    files = sorted(file for file in folder.rglob("*") if file.is_file() or file.is_symlink())
     if path.suffix == ".zip":
         with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
             for file in files:
@@ -100,7 +100,7 @@ def test_links_in_a_tar_are_the_files_that_they_lead_to(folder, tmp_path):
         assert np.array_equal(archive.load(i, 8, 3), plain.load(i, 8, 3))
 
 
-@pytest.mark.parametrize("target", ["/nowhere/1.png", "../../1.png", "missing.png", "../cat"])
+@pytest.mark.parametrize("target", ["/nowhere/1.png", "../../1.png", "missing.png"])
 def test_links_out_of_a_tar_are_refused(folder, tmp_path, target):
     with tarfile.open(pack(folder, tmp_path / "x.tar"), "a") as archive:
         for name in ("dog/a.png", "dog/b.png", "dog/._c.png"):
@@ -111,6 +111,48 @@ def test_links_out_of_a_tar_are_refused(folder, tmp_path, target):
         open_archive(tmp_path / "x.tar")
 
 
+def same_as_folder(folder, tmp_path):
+    """The archive of a folder, with the same images in the same order."""
+    archive, plain = open_archive(pack(folder, tmp_path / "x.tar", "./")), ImageFolder(folder)
+    assert (archive.class_names, archive.names) == (plain.class_names, plain.names)
+    for i in range(len(plain)):
+        assert np.array_equal(archive.load(i, 8, 3), plain.load(i, 8, 3))
+    return archive
+
+
+@pytest.mark.parametrize("name", ["README", "dog/labels.txt"])
+@pytest.mark.parametrize("target", ["../README", "/data/labels.txt"])
+def test_links_that_are_no_images_may_lead_nowhere(folder, tmp_path, caplog, name, target):
+    link(folder, target, name)
+    same_as_folder(folder, tmp_path)
+    assert f"1 links of '{tmp_path / 'x.tar'}' lead to nothing in it and are left out, '{name}' for one" in caplog.text
+
+
+def test_a_class_that_is_such_a_link_alone_is_refused_as_in_a_folder(folder, tmp_path):
+    link(folder, "/data/images", "elk/images")
+    for opened in (lambda: ImageFolder(folder), lambda: open_archive(pack(folder, tmp_path / "x.tar"))):
+        with pytest.raises(UserError, match="hold no images: 'elk'"):
+            opened()
+
+
+def test_links_to_folders_in_a_tar_are_followed_as_in_a_folder(folder, tmp_path):
+    link(folder, "cat", "latest")
+    link(folder, "../cat/deep", "dog/more")
+    link(folder, "../latest", "elk/all")
+    link(folder, "../dog", "elk/dog")
+    link(folder, "../latest/deep", "elk/deep")
+    link(folder, "../elk/deep/2.png", "cat/through.png")
+    assert "elk/dog/more/2.png" in same_as_folder(folder, tmp_path).names
+
+
+@pytest.mark.parametrize("target", ["..", "../dog", "."])
+def test_a_link_to_a_folder_above_it_is_refused_as_in_a_folder(folder, tmp_path, target):
+    link(folder, target, "dog/again")
+    for opened in (lambda: ImageFolder(folder), lambda: open_archive(pack(folder, tmp_path / "x.tar"))):
+        with pytest.raises(UserError, match="leads back to a folder above it"):
+            opened()
+
+
 def test_a_circle_of_links_is_refused(folder, tmp_path):
     with tarfile.open(pack(folder, tmp_path / "x.tar"), "a") as archive:
         for name, target in (("dog/a.png", "b.png"), ("dog/b.png", "a.png")):
@@ -119,6 +161,12 @@ def test_a_circle_of_links_is_refused(folder, tmp_path):
             archive.addfile(member)
     with pytest.raises(UserError, match="2 links"):
         open_archive(tmp_path / "x.tar")
+
+
+def test_a_link_through_itself_leads_nowhere(folder, tmp_path):
+    plain = ImageFolder(folder).names
+    link(folder, "never/ends", "dog/never")
+    assert open_archive(pack(folder, tmp_path / "x.tar")).names == plain
 
 
 @pytest.mark.parametrize("suffix", ["tar", "zip"])

@@ -116,6 +116,17 @@ def test_a_missing_shard_is_named(tmp_path):
         LatentReader(path)
 
 
+@pytest.mark.parametrize("lacking", ["all", "first_row"])
+def test_parts_that_say_nothing_of_themselves_are_read(tmp_path, lacking):
+    path = make_cache(tmp_path / "latents.h5", num_shards=2)
+    for part in tmp_path.glob("latents.shard-*.h5"):
+        with h5py.File(part, "r+") as file:
+            for name in list(file.attrs) if lacking == "all" else [lacking]:
+                del file.attrs[name]
+    whole = LatentReader(make_cache(tmp_path / "whole" / "latents.h5"))
+    assert LatentReader(path).content_hash == whole.content_hash
+
+
 def test_the_content_hash_knows_the_data_and_not_the_files(tmp_path):
     one = LatentReader(make_cache(tmp_path / "a.h5")).content_hash
     assert LatentReader(make_cache(tmp_path / "b.h5", num_shards=2)).content_hash == one

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
+import signal
+from concurrent.futures import ThreadPoolExecutor
 from typing import get_args
 
 import numpy as np
@@ -36,6 +38,24 @@ def test_features_are_extracted_once_per_network(folders, fake_networks) -> None
     # 22 and 30 images in batches of 4, the last one filled up.
     assert fake_networks["inception"].images_seen == 24 + 32
     assert found.results["adm"].metrics["fid"].value == found.results["torch-fidelity"].metrics["fid"].value
+
+
+def test_ctrl_c_never_breaks_into_the_handing_over_of_images(folders, monkeypatch) -> None:
+    """There it could leave a thread waiting for ever. The evaluation ends before its next batch."""
+    real, calls = ThreadPoolExecutor.submit, []
+
+    def submit(self, *arguments):
+        calls.append("begun")
+        if len(calls) == 10:
+            signal.raise_signal(signal.SIGINT)
+            calls.append("gone on")
+        return real(self, *arguments)
+
+    monkeypatch.setattr(ThreadPoolExecutor, "submit", submit)
+    with pytest.raises(KeyboardInterrupt):
+        evaluate(*folders, "adm", settings=QUICK)
+    assert calls[10] == "gone on"
+    assert len(calls) <= 1 + 3 * QUICK.batch_size  # the batch in work, and those that are decoded ahead of it
 
 
 def test_what_each_protocol_reports(folders) -> None:

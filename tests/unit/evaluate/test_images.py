@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 import struct
 import zlib
 
@@ -12,6 +14,7 @@ import pytest
 from PIL import Image
 
 from tests.unit.evaluate.conftest import make_images, write_folder
+from xar_cli.data import images as data_images
 from xar_cli.data.images import BadImageError
 from xar_cli.errors import UserError
 from xar_cli.evaluate.images import ArrayImages, GeneratedImages, decode_opaque, open_images, read_npz
@@ -212,3 +215,15 @@ def _text(path):
 def _npz(folder, **arrays):
     np.savez(folder / "file.npz", **arrays)
     return folder / "file.npz"
+
+
+def test_a_machine_that_cannot_read_promises_nothing_that_is_stored(tmp_path, monkeypatch) -> None:
+    def fail(*_):
+        raise OSError(errno.ESTALE, os.strerror(errno.ESTALE))
+
+    images = open_images(write_folder(tmp_path / "folder", IMAGES), image_size=8)
+    monkeypatch.setattr(data_images, "open", fail, raising=False)
+    with pytest.raises(UserError, match="Stale file handle") as caught:
+        images.load(0)
+    assert not isinstance(caught.value, BadImageError)
+    assert caught.value.next_step == "That is the machine, not the file: mend it, and give the same command again."

@@ -108,3 +108,11 @@ def test_packed_samples_given_as_reference_are_noticed(tmp_path) -> None:
     for name in ("samples.h5", "samples.npz"):
         with pytest.raises(UserError, match=f"{name}' was given as the reference"):
             open_reference(tmp_path / name)
+
+
+@pytest.mark.parametrize("labels", [{}, {"arr_1": np.arange(3)}])
+@pytest.mark.parametrize("content", [b"files: 1", b"[1, 2]", b"\x80"])
+def test_a_manifest_of_another_program_beside_it_is_nothing_to_a_batch(tmp_path, labels, content) -> None:
+    np.savez(tmp_path / "virtual.npz", arr_0=make_images(3), mu=np.zeros(3), sigma=np.eye(3), **labels)
+    (tmp_path / "manifest.json").write_bytes(content)
+    assert open_reference(tmp_path / "virtual.npz").images is not None

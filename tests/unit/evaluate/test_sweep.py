@@ -92,6 +92,16 @@ def test_a_folder_of_another_sweep_is_refused(tmp_path) -> None:
         run_sweep(tmp_path, {"weights": "other", "count": 10}, (2.0,), (20,), make_score)
 
 
+def test_a_sweep_of_an_older_version_goes_on_with_the_reference_of_its_path_alone(tmp_path) -> None:
+    run_sweep(tmp_path, {"weights": "w", "reference": "a"}, (2.0,), (20,), make_score)
+    with pytest.raises(UserError, match="another reference"):
+        run_sweep(tmp_path, {"weights": "w", "reference": "b", "reference_sha256": "B"}, (2.0,), (20,), make_score)
+    run_sweep(tmp_path, {"weights": "w", "reference": "a", "reference_sha256": "A"}, (2.0,), (20,), make_score)
+    run_sweep(tmp_path, {"weights": "w", "reference": "c", "reference_sha256": "A"}, (2.0,), (20,), make_score)
+    with pytest.raises(UserError, match="another reference_sha256"):
+        run_sweep(tmp_path, {"weights": "w", "reference": "c", "reference_sha256": "C"}, (2.0,), (20,), make_score)
+
+
 def test_points_that_the_error_does_not_tell_apart_are_said() -> None:
     scores = [make_score(Point(scale, 20)) for scale in (1.0, 1.9, 2.0)]
     text = table(scores, scores[2])
