@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import signal
 import subprocess
 from collections import Counter, namedtuple
 from contextlib import contextmanager
@@ -338,6 +339,24 @@ def test_what_a_kill_left_half_written_is_cleared_away(capsys, weights, tmp_path
     finally:
         other.kill()
         other.wait()
+
+
+def test_ctrl_c_never_breaks_into_the_handing_over_of_an_image(capsys, weights, tmp_path, monkeypatch):
+    """There it could leave a thread waiting for ever. The batch in work, of 7 images, is still written."""
+    real, handed = PngWriter.write, []
+
+    def write(self, index, image):
+        if len(handed) == 2:
+            signal.raise_signal(signal.SIGINT)
+        handed.append(index)
+        real(self, index, image)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(PngWriter, "write", write)
+        assert xar("sample", *weights, "--count", 20, "--out", tmp_path / "out") == 130
+    assert handed == list(range(7))
+    assert sorted(int(path.stem) for path in (tmp_path / "out").glob("*.png")) == handed
+    assert sample(capsys, *weights, "--count", 20, "--out", tmp_path / "out")["made"] == 13
 
 
 def test_images_that_are_not_finite_end_the_work(capsys, tmp_path):

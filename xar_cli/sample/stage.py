@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import signal
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
@@ -31,6 +32,7 @@ from xar_cli.sample.packing import pack_path, patience_for, wait_for_images, wri
 from xar_cli.sample.plan import SamplingPlan, flops_per_image
 from xar_cli.sample.sampler import Observer, ignore, sample_latents
 from xar_cli.sample.settings import SampleSettings
+from xar_cli.stopping import stop_between_pieces
 from xar_cli.tokenizer import Codec, load_tokenizer
 from xar_cli.tokenizer.codec import to_uint8
 from xar_cli.weights import open_weights
@@ -179,6 +181,7 @@ def _draw(
     batch_size, ahead = config.sample.batch_size, 1 if ranks.device.type == "cuda" else 0
     queued: deque[tuple[list[int], Fetch, Fetch]] = deque()
     with (
+        stop_between_pieces(signal.SIGINT) as stop,
         closing(PngWriter(settings.out)) as writer,
         progress(len(missing), "sample", enabled=ranks.is_main) as bar,
     ):
@@ -190,6 +193,7 @@ def _draw(
             bar.update(len(indices))
 
         for indices in batches(missing, batch_size):
+            stop()
             began = time.monotonic()
             images, finite = queue_images(
                 config, network, codec, settings.seed, indices, [labels[index] for index in indices], ranks.device

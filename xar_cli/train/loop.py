@@ -46,7 +46,6 @@ from xar_cli.train.preview import Measure, Preview, check_looks, require_referen
 from xar_cli.train.records import Records, check_loggers, check_login
 from xar_cli.train.run import (
     check_agreement,
-    check_cache,
     check_data,
     check_run,
     check_start,
@@ -112,7 +111,7 @@ def train(settings: TrainSettings) -> dict[str, Any]:
         ranks.on_all(lambda: LatentReader(settings.data, settings.in_memory)) as reader,
         only_job(run, ranks),
     ):
-        ranks.on_all(lambda: check_cache(reader, config))
+        ranks.on_all(lambda: reader.check_matches(config))
         check_agreement(ranks, config, reader)
         require_parallel(config.train, ranks.world_size, ranks.device)
         ranks.on_main(lambda: check_loggers(config.train.loggers))
@@ -191,7 +190,7 @@ def dry_run_plan(
     if config.train.max_batch_per_rank == AUTO:
         limit = estimated_batch(config, picked, world_size, ranks_here)
     with LatentReader(data) as reader:
-        check_cache(reader, config)
+        reader.check_matches(config)
         plan = make_plan(config, world_size, reader.num_samples, limit)
         if RunDir(out).exists():
             check_data(RunDir(out), reader)

@@ -35,11 +35,6 @@ ALWAYS_FREE = ("name", "description")  # these say nothing about the run
 FREE_SECTIONS = ("published", "sample", "evaluate")  # read by other stages, which take their own settings
 
 
-def check_cache(reader: LatentReader, config: Config) -> None:
-    """Raise a UserError where a latent cache does not fit the recipe."""
-    reader.check_matches(config)
-
-
 @contextmanager
 def only_job(run: RunDir, ranks: Ranks) -> Iterator[None]:
     """The right to write a run folder, held by rank 0 for all ranks.

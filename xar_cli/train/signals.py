@@ -9,8 +9,8 @@ from contextlib import contextmanager
 
 from xar_cli.distributed import Ranks
 from xar_cli.errors import UserError
+from xar_cli.stopping import SECONDS_OF_ONE_STOP
 
-SECONDS_OF_ONE_CTRL_C = 2.0  # a terminal sends Ctrl-C to every process, and the launcher passes its own on to the ranks
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)  # Slurm's pre-emption: SIGTERM, or what --signal names
 
 
@@ -44,7 +44,7 @@ class StopRequest:
         """The handler; SIGINT acts at once when a stop was asked for a while ago."""
         if not self._received:
             self._received, self._since = number, time.monotonic()
-        elif number == signal.SIGINT and time.monotonic() - self._since > SECONDS_OF_ONE_CTRL_C:
+        elif number == signal.SIGINT and time.monotonic() - self._since > SECONDS_OF_ONE_STOP:
             raise KeyboardInterrupt
 
 

@@ -11,7 +11,7 @@ from xar_cli.data.latents import LatentReader
 from xar_cli.errors import UserError
 from xar_cli.logs import MetricsWriter, read_metrics
 from xar_cli.run_dir import RunDir
-from xar_cli.train.run import HARMLESS, STEERING, check_cache, check_run, config_differences, cut_records, open_run
+from xar_cli.train.run import HARMLESS, STEERING, check_run, config_differences, cut_records, open_run
 
 PLAN = {"total_steps": 10}
 
@@ -179,7 +179,7 @@ def test_another_cache_is_refused(run, tmp_path):
 def test_mirror_without_mirror_images(tmp_path):
     path = make_cache(tmp_path / "plain.h5", make_layout(flip=False))
     with LatentReader(path) as reader, pytest.raises(UserError, match="cache holds none"):
-        check_cache(reader, small_recipe())
+        reader.check_matches(small_recipe())
 
 
 @pytest.mark.parametrize("name", ["metrics.jsonl", "skipped_steps.jsonl"])
