@@ -7,11 +7,12 @@ say to each other, so that a word between hosts never waits for a device.
 from __future__ import annotations
 
 import os
+import signal
 import socket
 import struct
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
@@ -33,6 +34,7 @@ class AbsentRanksError(UserError):
 
 HOST_TIMEOUT_MINUTES = 60  # rank 0 may write a large checkpoint while the others wait
 TIMEOUT_SECONDS = 600.0  # how long ranks wait for each other, at the start and in a collective
+LONGEST_WORK = timedelta(days=365)  # that ranks wait for each other at the end: no limit, in effect
 STORE_POLL_SECONDS = 0.2
 STORE_GRACE_SECONDS = 2.0  # a torch client that times out by itself says more
 SIOCGIFADDR = 0x8915  # Linux: the address of a network interface
@@ -162,14 +164,15 @@ def pick_device(name: str, local_rank: int = 0) -> torch.device:
 def process_group(device: str = "auto", timeout_seconds: float = TIMEOUT_SECONDS) -> Iterator[Ranks]:
     """Join the job that the environment describes (RANK, WORLD_SIZE, ...), and leave it when the work ends or fails.
 
-    Without those variables the process is alone. Backend: NCCL with CUDA devices, gloo otherwise.
+    Without those variables the process is alone. Backend: NCCL with CUDA devices, gloo otherwise. A rank whose work
+    is done waits for the others, however long they take: launchers take a rank that has left for the end of the job.
 
     Args:
         device: as `pick_device` takes it.
         timeout_seconds: how long the ranks wait for each other, at the start and in a collective.
 
     Raises:
-        AbsentRanksError: the ranks did not meet in time, or the port is taken.
+        AbsentRanksError: the ranks did not meet in time, the port is taken, or another rank failed at its work.
     """
     rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     local_rank = int(os.environ.get("LOCAL_RANK", 0))
@@ -185,8 +188,57 @@ def process_group(device: str = "auto", timeout_seconds: float = TIMEOUT_SECONDS
         hosts = dist.new_group(backend="gloo", timeout=timedelta(minutes=HOST_TIMEOUT_MINUTES))
         assert isinstance(hosts, dist.ProcessGroup)
         yield Ranks(rank, local_rank, world_size, picked, hosts)
+        _end_together(rank, world_size, hosts)
     finally:
         dist.destroy_process_group()
+
+
+def _end_together(rank: int, world_size: int, hosts: dist.ProcessGroup) -> None:
+    """Wait until every rank has done its work: all tell rank 0, then rank 0 tells all.
+
+    By single messages, since a barrier of gloo has the time limit of its group. A rank that fails closes its
+    connections, and so ends the waiting of the others.
+    """
+
+    def send(peers: Iterable[int]) -> None:
+        _wait_long([dist.isend(torch.ones(1), peer, hosts) for peer in peers])
+
+    def receive(peers: Iterable[int]) -> None:
+        _wait_long([dist.irecv(torch.empty(1), peer, hosts) for peer in peers])
+
+    try:
+        with _dying_of_ctrl_c():
+            if rank == 0:
+                receive(range(1, world_size))
+                send(range(1, world_size))
+            else:
+                send([0])
+                receive([0])
+    except RuntimeError as error:
+        raise AbsentRanksError(
+            "This rank has done its work, and another one failed or went away.",
+            "See what that one says; the same command goes on from what is there.",
+            exit_code=1,
+        ) from error
+
+
+def _wait_long(works: Iterable[dist.Work | None]) -> None:
+    for work in works:
+        assert work is not None  # as for a rank that is not in the group
+        work.wait(LONGEST_WORK)
+
+
+@contextmanager
+def _dying_of_ctrl_c() -> Iterator[None]:
+    """Have SIGINT end this process at once: Python's own handler would wait for what torch waits for."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGINT, signal.SIG_DFL)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def _meet(backend: str, rank: int, world_size: int, seconds: float) -> None:

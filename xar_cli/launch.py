@@ -327,6 +327,7 @@ def _worker(stage: str, settings_class: str, folder_name: str, launcher: int) ->
         _raise_user_error(folder)
         return _function(stage)(_function(settings_class).model_validate_json(text))
     except AbsentRanksError as error:
+        time.sleep(SECONDS_TO_AGREE)  # a rank of this machine that failed is to be seen first: it knows why
         _leave_error(folder / ABSENCE_FILE, error)
         sys.exit(error.exit_code)
     except UserError as error:

@@ -220,6 +220,70 @@ def test_a_fault_is_tried_again(tmp_path):
     assert started[1] == 2
 
 
+MACHINE = """
+import json
+import sys
+from torch.distributed.elastic.agent.server.local_elastic_agent import LocalElasticAgent
+from tests.integration.failing import Work
+from xar_cli.errors import UserError
+from xar_cli.launch import LaunchOptions, run
+
+if __name__ == "__main__":
+    nproc, nnodes, number, endpoint, settings = sys.argv[1:]
+    build = LocalElasticAgent.__init__
+
+    def impatient(self, *rest, **named):
+        build(self, *rest, **named)
+        self._exit_barrier_timeout = 1  # for which torch's agents wait for each other at the end: else 300
+
+    LocalElasticAgent.__init__ = impatient
+    options = LaunchOptions(int(nproc), int(nnodes), int(number), endpoint)
+    try:
+        print(json.dumps(run("tests.integration.failing:work", Work(**json.loads(settings)), options)))
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(error.exit_code)
+"""
+
+
+def launched_apart(**settings):
+    """Two machines, both of them here, of one rank each, with an impatient launcher: exit code, stdout and stderr."""
+    endpoint = f"127.0.0.1:{free_ports(1)[0]}"
+    both = [
+        start([sys.executable, "-c", MACHINE, "1", "2", str(number), endpoint, json.dumps(settings)],
+              PYTHONPATH=os.getcwd())
+        for number in range(2)
+    ]  # fmt: skip
+    return [finish(process, timeout=120) for process in both]
+
+
+def test_a_machine_may_work_longer_than_torchs_launchers_wait():
+    ended = launched_apart(seconds=6)
+    for code, _, error in ended:
+        assert code == 0, error
+        assert "Traceback" not in error
+    assert sorted(json.loads(out)["rank"] for _, out, _ in ended) == [0, 1]
+
+
+@pytest.mark.parametrize("error", ["fault", pytest.param("user", marks=pytest.mark.slow)])
+def test_a_machine_that_fails_ends_the_one_that_waits_for_it(error):
+    ended = launched_apart(seconds=3, error=error)
+    assert all(code in (1, 2) for code, _, _ in ended), ended
+    said = [error for _, _, error in ended]
+    assert sum("went away" in text for text in said) == 1, said
+    assert sum(("ZeroDivisionError" if error == "fault" else "Bad input on one rank.") in text for text in said) == 1
+
+
+def test_a_rank_that_waits_at_the_end_leaves_the_word_to_the_one_that_failed():
+    code, _, error = finish(
+        start([sys.executable, "-c", MACHINE, "2", "1", "0", "", json.dumps({"seconds": 2, "error": "fault"})],
+              PYTHONPATH=os.getcwd())
+    )  # fmt: skip
+    assert code == 1
+    assert "Rank 1 failed" in error
+    assert "ZeroDivisionError" in error
+
+
 NAMELESS = """
 import socket
 from xar_cli.cli.app import main
