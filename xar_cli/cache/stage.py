@@ -88,9 +88,19 @@ def cache_latents(images: Path, out: Path, config: Config, *, device: str = "aut
 
 
 def run_stage(settings: CacheSettings) -> dict[str, Any]:
-    """The stage as a process of a job, alone or one of many; the summary as plain values."""
+    """The stage as a process of a job, alone or one of many.
+
+    Returns:
+        What `--json` prints: the summary of what all ranks have made. Only rank 0 has something to say.
+    """
     with process_group(settings.device) as ranks:
-        return run_cache(settings, ranks).as_dict()
+        summary = run_cache(settings, ranks)
+    if not ranks.is_main:
+        return {}
+    if ranks.world_size == 1:
+        return summary.as_dict()
+    finished = replace(summarize(settings.out), seconds=summary.seconds)  # the ranks have left together
+    return {**finished.as_dict(), "num_encoded": None}
 
 
 def plan_cache(settings: CacheSettings) -> CachePlan:
@@ -103,9 +113,8 @@ def plan_cache(settings: CacheSettings) -> CachePlan:
 def run_cache(settings: CacheSettings, ranks: Ranks) -> CacheSummary:
     """Make this rank's share of a latent cache.
 
-    Ranks meet only before the work, to create the file and to divide what is to do; none waits for another's
-    work. So with several ranks the summary may tell of an unfinished cache: ask `summarize` again when all have
-    ended.
+    Ranks meet before the work, to create the file and to divide what is to do, and not again in here. So with
+    several ranks the summary may tell of an unfinished cache: ask `summarize` again when all have ended.
 
     Raises:
         UserError: bad input (exit code 2, nothing written), too many bad images or a full disk (exit code 1;

@@ -74,7 +74,7 @@ def cache_latents(
         refuse_options_before_subcommand(context)
         return
     from xar_cli.cache.plan import CacheSettings
-    from xar_cli.cache.stage import plan_cache, require_few_bad, summarize
+    from xar_cli.cache.stage import plan_cache, require_few_bad
     from xar_cli.config import load_recipe
     from xar_cli.errors import UserError
     from xar_cli.hub import absolute_source
@@ -107,9 +107,9 @@ def cache_latents(
             return
         _print({"out": str(out), **plan_cache(settings).as_dict()}, as_json)
         return
-    result = dict(run("xar_cli.cache.stage:run_stage", settings, launch))
-    if launch.world_size > 1:  # the ranks have all ended now
-        result |= {**summarize(settings.out).as_dict(), "num_encoded": None, "seconds": result["seconds"]}
+    result = run("xar_cli.cache.stage:run_stage", settings, launch)
+    if not result:  # one of several processes: the first one speaks for all
+        return
     require_few_bad(settings, result["num_bad"])
     _print(result, as_json)
 
