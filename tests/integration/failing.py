@@ -59,11 +59,11 @@ def work(settings: Work) -> dict:
 
 
 def fail_once(settings: Attempts) -> dict:
-    """A real fault in the first attempt."""
-    rank = int(os.environ["RANK"])
+    """A real fault of the last rank in the first attempt."""
+    rank, last = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1")) - 1
     with settings.path.open("a") as file:
         file.write(f"{rank}\n")
-    if rank == 1 and settings.path.read_text().count("1") == 1:
+    if rank == last and settings.path.read_text().count(str(last)) == 1:
         raise RuntimeError("a passing fault")
     return {"done": True}
 

@@ -79,7 +79,8 @@ def test_dry_run_prints_the_plan_and_writes_nothing(images, tmp_path, xar):
 
 @pytest.mark.parametrize("rank", [0, 1])
 def test_one_of_several_tasks_prints_the_plan(images, tmp_path, xar, monkeypatch, rank):
-    for name, value in {"RANK": rank, "WORLD_SIZE": 2, "LOCAL_RANK": rank}.items():
+    job = {"RANK": rank, "WORLD_SIZE": 2, "LOCAL_RANK": rank}
+    for name, value in {**job, "MASTER_ADDR": "localhost", "MASTER_PORT": 29500}.items():
         monkeypatch.setenv(name, str(value))
     code, printed, _ = xar(*arguments(images, tmp_path / "latents.h5", "--dry-run", "--json"))
     assert (code, bool(printed)) == (0, rank == 0)

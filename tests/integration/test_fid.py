@@ -81,6 +81,7 @@ def test_table_names_protocol_and_count(capsys, digits) -> None:
         ("8x12", "has 8 x 12 pixels (height x width) where 8 x 8 are expected"),
         ("8by8", "'--image-size 8by8' is neither SIDE nor HEIGHTxWIDTH"),
         ("0", "'--image-size 0' is neither"),
+        ("²", "'--image-size ²' is neither"),
     ],
 )
 def test_an_image_size_is_a_side_or_height_and_width(capsys, digits, size, words) -> None:
@@ -126,7 +127,8 @@ def test_one_protocol_is_one_protocol(capsys, run, digits, tmp_path) -> None:
 
 @pytest.mark.parametrize("rank", [0, 1])
 def test_doctor_speaks_once_in_a_job_of_two(capsys, monkeypatch, rank: int) -> None:
-    for name, value in {"RANK": rank, "WORLD_SIZE": 2, "LOCAL_RANK": rank}.items():
+    job = {"RANK": rank, "WORLD_SIZE": 2, "LOCAL_RANK": rank}
+    for name, value in {**job, "MASTER_ADDR": "localhost", "MASTER_PORT": 29500}.items():
         monkeypatch.setenv(name, str(value))
     code, out, err = xar(capsys, "fid", "doctor")
     assert code == 0, err

@@ -162,10 +162,10 @@ def test_a_machine_whose_own_name_leads_nowhere(data, tmp_path):
     assert code == 0, error
 
 
-def launched(stage, path, restarts, **settings):
-    """A launch of two ranks of a stage in failing.py: exit code, stderr, how often each rank was started."""
+def launched(stage, path, restarts, nproc=2, **settings):
+    """A launch of some ranks of a stage in failing.py: exit code, stderr, how often each rank was started."""
     code, _, error = finish(
-        start([sys.executable, "-c", RESTARTING, stage, str(path), str(restarts), json.dumps(settings)],
+        start([sys.executable, "-c", RESTARTING, stage, str(path), str(restarts), str(nproc), json.dumps(settings)],
               PYTHONPATH=os.getcwd()),
         timeout=120,
     )  # fmt: skip
@@ -181,8 +181,8 @@ from xar_cli.errors import UserError
 from xar_cli.launch import LaunchOptions, run
 
 if __name__ == "__main__":
-    stage, path, restarts, settings = sys.argv[1:]
-    options = LaunchOptions(nproc_per_node=2, max_restarts=int(restarts))
+    stage, path, restarts, nproc, settings = sys.argv[1:]
+    options = LaunchOptions(nproc_per_node=int(nproc), max_restarts=int(restarts))
     try:
         run(f"tests.integration.failing:{stage}", Attempts(path=path, **json.loads(settings)), options)
     except UserError as error:
@@ -274,6 +274,15 @@ def test_a_machine_that_fails_ends_the_one_that_waits_for_it(error):
     assert sum(("ZeroDivisionError" if error == "fault" else "Bad input on one rank.") in text for text in said) == 1
 
 
+def test_a_launch_leaves_nothing_in_the_folder_for_temporary_files(tmp_path):
+    code, _, error = finish(
+        start([sys.executable, "-c", MACHINE, "2", "1", "0", "", json.dumps({"seconds": 0})],
+              PYTHONPATH=os.getcwd(), TMPDIR=str(tmp_path))
+    )  # fmt: skip
+    assert code == 0, error
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_a_rank_that_waits_at_the_end_leaves_the_word_to_the_one_that_failed():
     code, _, error = finish(
         start([sys.executable, "-c", MACHINE, "2", "1", "0", "", json.dumps({"seconds": 2, "error": "fault"})],
@@ -282,6 +291,11 @@ def test_a_rank_that_waits_at_the_end_leaves_the_word_to_the_one_that_failed():
     assert code == 1
     assert "Rank 1 failed" in error
     assert "ZeroDivisionError" in error
+
+
+def test_one_process_is_started_again_too(tmp_path):
+    code, error, started = launched("fail_once", tmp_path / "a", 1, nproc=1, ranks=[])
+    assert (code, started[0]) == (0, 2), error
 
 
 NAMELESS = """

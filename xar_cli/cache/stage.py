@@ -27,7 +27,7 @@ from xar_cli.data.cache_file import BAD, MISSING, WRITTEN, CacheFile, create_cac
 from xar_cli.data.imagenet import class_title
 from xar_cli.data.images import printable
 from xar_cli.data.latents import LatentWriter
-from xar_cli.distributed import Ranks, pick_device, process_group
+from xar_cli.distributed import Ranks, cores_of_rank, pick_device, process_group
 from xar_cli.errors import UserError
 from xar_cli.lock import JobLock
 from xar_cli.logs import log, progress
@@ -222,7 +222,7 @@ def _encode_share(settings: CacheSettings, job: Job, writer: LatentWriter, block
     label = "caching" if ranks.world_size == 1 else f"caching, rank 0 of {ranks.world_size}"
     bad = BadList(bad_list_path(settings.out), settings.max_bad)
     with _stop_on_sigterm(), progress(todo, label, enabled=ranks.is_main and todo > 0) as display:
-        encode_blocks(job, blocks, writer, bad, display, settings.workers or os.cpu_count() or 1)
+        encode_blocks(job, blocks, writer, bad, display, settings.workers or cores_of_rank(ranks.world_size))
     return int(np.count_nonzero((writer.states == WRITTEN) & ~before))
 
 

@@ -55,7 +55,9 @@ def cache_latents(
     skip_bad: Annotated[bool, typer.Option("--skip-bad", help="Leave out any number of unusable images.")] = False,
     max_bad: Annotated[int, typer.Option(help="Unusable images to leave out before the work ends.")] = 0,
     batch_size: Annotated[int | None, typer.Option(help="Images encoded together; default by size.")] = None,
-    workers: Annotated[int | None, typer.Option(help="Threads that decode; default one per core.")] = None,
+    workers: Annotated[
+        int | None, typer.Option(help="Threads that decode; default: this process's share of the cores.")
+    ] = None,
     device: DeviceOption = "auto",
     nproc_per_node: NprocOption = 1,
     nnodes: NnodesOption = 1,

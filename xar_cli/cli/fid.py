@@ -270,7 +270,7 @@ def _parse_size(text: str | None) -> tuple[int, int] | None:
     if text is None:
         return None
     height, x, width = text.lower().partition("x")
-    if not (height.isdigit() and int(height) and (not x or (width.isdigit() and int(width)))):
+    if not (height.isdecimal() and int(height) and (not x or (width.isdecimal() and int(width)))):
         raise UserError(
             f"'--image-size {text}' is neither SIDE nor HEIGHTxWIDTH.", "For example: --image-size 256, or 256x384."
         )

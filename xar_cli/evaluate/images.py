@@ -100,7 +100,7 @@ class FolderImages(ImageSet):
             self.class_names, self.labels = [printable(name) for name in classes.tolist()], labels.astype(np.int64)
 
     def _label_by_manifest(self, manifest: Mapping[str, Any]) -> None:
-        self.files = [path for path in self.files if path.parent == self.root and path.stem.isdigit()]
+        self.files = [path for path in self.files if path.parent == self.root and path.stem.isdecimal()]
         labels = manifest.get("labels")
         if not labels or not _has_classes(manifest):
             return

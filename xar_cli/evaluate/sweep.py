@@ -88,9 +88,9 @@ def parse_steps(text: str | None) -> tuple[Steps, ...]:
     """
     parts = [part.strip() for part in text.split(",")] if text else []
     for part in parts:
-        if not all(number.isdigit() and int(number) > 0 for number in part.split(":")):
+        if not all(number.isdecimal() and int(number) > 0 for number in part.split(":")):
             raise UserError(f"'--num-steps {text}' is no list of step counts.", "For example 20,40 or 40,40:15.")
-    return tuple(dict.fromkeys(int(part) if part.isdigit() else part for part in parts))
+    return tuple(dict.fromkeys(int(part) if part.isdecimal() else part for part in parts))
 
 
 def run_sweep(

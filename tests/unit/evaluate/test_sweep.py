@@ -51,7 +51,7 @@ def test_wrong_numbers(text: str) -> None:
 def test_steps_are_counts_or_schedules() -> None:
     assert parse_steps("20, 40,40:15") == (20, 40, "40:15")
     assert parse_steps(None) == ()
-    for wrong in ("20,2.5", "0", "a", "40:", "-1"):
+    for wrong in ("20,2.5", "0", "a", "40:", "-1", "²"):
         with pytest.raises(UserError, match="no list of step counts"):
             parse_steps(wrong)
 
