@@ -46,6 +46,7 @@ SECONDS_TO_BE_STOPPED = 30.0  # that the launcher gets to stop its ranks
 LOOPBACK = "127.0.0.1"
 FIRST_PORT, NUM_PORTS = 20_000, 12_000  # for steps of Slurm; Linux takes ports of its own from 32,768 on
 STEPS_APART = 31  # steps of one job until ports are those of the next one
+SIGNALS_OF_TORCH = "SIGTERM,SIGINT,SIGQUIT"  # that its launcher handles itself; not SIGHUP, which may be ignored
 SECONDS_TO_STOP = 600  # what workers get to write a checkpoint after SIGTERM (torch before 2.9: 30, fixed)
 
 
@@ -247,8 +248,7 @@ def _launch(stage: str, settings: Section, options: LaunchOptions) -> Mapping[st
     os.environ["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = "1"
     setup_logs()
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)  # what it would say is said below
-    # Slurm's early warning is often SIGUSR1, which the elastic launcher does not pass on.
-    before = signal.signal(signal.SIGUSR1, lambda *_: os.kill(os.getpid(), signal.SIGTERM))
+    before = _pass_on_as_sigterm()
     with tempfile.TemporaryDirectory(prefix="xar-launch-") as name:
         folder = Path(name)
         (folder / SETTINGS_FILE).write_text(settings.model_dump_json(), encoding="utf-8")
@@ -277,8 +277,20 @@ def _launch(stage: str, settings: Section, options: LaunchOptions) -> Mapping[st
                 exit_code=1,
             ) from None
         finally:
-            signal.signal(signal.SIGUSR1, before)
+            for number, handler in before.items():
+                signal.signal(number, handler)
     return results[min(results)]
+
+
+def _pass_on_as_sigterm() -> dict[signal.Signals, Any]:
+    """Turn signals that the elastic launcher does not pass on into SIGTERM; gives the handlers before.
+
+    Slurm's early warning is often SIGUSR1; a terminal that closes sends SIGHUP, which stays ignored under nohup.
+    """
+    numbers = [signal.SIGUSR1]
+    if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:
+        numbers.append(signal.SIGHUP)
+    return {number: signal.signal(number, lambda *_: os.kill(os.getpid(), signal.SIGTERM)) for number in numbers}
 
 
 def _launch_config(stage: str, options: LaunchOptions, logs: Path) -> LaunchConfig:
@@ -288,7 +300,7 @@ def _launch_config(stage: str, options: LaunchOptions, logs: Path) -> LaunchConf
 
     single = options.nnodes == 1
     known = {field.name for field in fields(LaunchConfig)}
-    patience: dict[str, Any] = {"shutdown_timeout": SECONDS_TO_STOP} if "shutdown_timeout" in known else {}
+    newer = {"shutdown_timeout": SECONDS_TO_STOP, "signals_to_handle": SIGNALS_OF_TORCH}  # not in torch 2.6
     return LaunchConfig(
         min_nodes=options.nnodes,
         max_nodes=options.nnodes,
@@ -307,7 +319,7 @@ def _launch_config(stage: str, options: LaunchOptions, logs: Path) -> LaunchConf
         max_restarts=options.max_restarts,
         start_method="spawn",
         monitor_interval=0.2,
-        **patience,
+        **{name: value for name, value in newer.items() if name in known},  # type: ignore[arg-type]
     )
 
 
