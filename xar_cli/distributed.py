@@ -153,7 +153,7 @@ def rank_and_world(environment: Mapping[str, str]) -> tuple[int, int] | None:
     if int(world_size) > 1 and not (host and port.isdecimal() and 1 <= int(port) <= LAST_PORT):
         raise UserError(
             f"WORLD_SIZE={world_size} ranks meet at MASTER_ADDR and MASTER_PORT, and '{host}:{port}' is no such place.",
-            LEFT_OVER,
+            f"Set these two to a host and a free port of it. {LEFT_OVER}",
         )
     return int(rank), int(world_size)
 
@@ -277,15 +277,19 @@ def _wait_long(works: Iterable[dist.Work | None]) -> None:
 
 @contextmanager
 def _dying_of_ctrl_c() -> Iterator[None]:
-    """Have SIGINT end this process at once: Python's own handler would wait for what torch waits for."""
-    if threading.current_thread() is not threading.main_thread():
+    """Have SIGINT end this process at once, where nobody handles or ignores it.
+
+    Python's own handler would wait for what torch waits for.
+    """
+    handled = signal.getsignal(signal.SIGINT) is not signal.default_int_handler
+    if handled or threading.current_thread() is not threading.main_thread():
         yield
         return
-    before = signal.signal(signal.SIGINT, signal.SIG_DFL)
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
     try:
         yield
     finally:
-        signal.signal(signal.SIGINT, before)
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def _meet(backend: str, rank: int, world_size: int, seconds: float) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import signal
 import socket
 import subprocess
 import sys
@@ -272,6 +273,38 @@ def test_a_machine_that_fails_ends_the_one_that_waits_for_it(error):
     said = [error for _, _, error in ended]
     assert sum("went away" in text for text in said) == 1, said
     assert sum(("ZeroDivisionError" if error == "fault" else "Bad input on one rank.") in text for text in said) == 1
+
+
+def test_ctrl_c_ends_a_rank_that_waits_for_the_others(tmp_path):
+    """In torch's hands it would not hear of it."""
+    (port,), done = free_ports(1), tmp_path / "done"
+    job = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "PYTHONPATH": os.getcwd()}
+    both = [start([sys.executable, "-c", WAITING, str(done)], **job, RANK=str(rank)) for rank in range(2)]
+    try:
+        while not done.exists():
+            assert both[0].poll() is None, both[0].communicate()[1]
+            time.sleep(0.1)
+        time.sleep(1)  # until it waits; should this be too short, Python hears of it
+        both[0].send_signal(signal.SIGINT)
+        both[0].communicate(timeout=60)
+        assert both[1].poll() is None
+    finally:
+        for process in both:
+            process.kill()
+            process.communicate()
+
+
+WAITING = """
+import pathlib
+import sys
+import time
+from xar_cli.distributed import process_group
+
+with process_group("cpu") as ranks:
+    if not ranks.is_main:
+        time.sleep(600)
+    pathlib.Path(sys.argv[1]).touch()
+"""
 
 
 def test_a_launch_leaves_nothing_in_the_folder_for_temporary_files(tmp_path):
