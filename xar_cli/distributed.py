@@ -7,11 +7,12 @@ say to each other, so that a word between hosts never waits for a device.
 from __future__ import annotations
 
 import os
+import signal
 import socket
 import struct
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
@@ -33,6 +34,10 @@ class AbsentRanksError(UserError):
 
 HOST_TIMEOUT_MINUTES = 60  # rank 0 may write a large checkpoint while the others wait
 TIMEOUT_SECONDS = 600.0  # how long ranks wait for each other, at the start and in a collective
+LONGEST_WORK = timedelta(days=365)  # that ranks wait for each other at the end: no limit, in effect
+LAST_PORT = 65_535
+LEFT_OVER = "Where they are left over from another job, unset RANK and WORLD_SIZE."
+ELASTIC = "TORCHELASTIC_RUN_ID"  # set by torch's elastic launcher, ours or another's
 STORE_POLL_SECONDS = 0.2
 STORE_GRACE_SECONDS = 2.0  # a torch client that times out by itself says more
 SIOCGIFADDR = 0x8915  # Linux: the address of a network interface
@@ -133,24 +138,66 @@ def assign(target: Tensor, whole: Tensor) -> None:
         target.copy_(whole)
 
 
-def pick_device(name: str, local_rank: int = 0) -> torch.device:
+def rank_and_world(environment: Mapping[str, str]) -> tuple[int, int] | None:
+    """Rank and world size of this process by RANK and WORLD_SIZE; None where they are not both there: it is alone.
+
+    Raises:
+        UserError: they make no job, or MASTER_ADDR and MASTER_PORT do not say where several ranks meet.
+    """
+    if "RANK" not in environment or "WORLD_SIZE" not in environment:
+        return None
+    rank, world_size = environment["RANK"], environment["WORLD_SIZE"]
+    if not (rank.isdecimal() and world_size.isdecimal() and int(rank) < int(world_size)):
+        raise UserError(f"RANK={rank} and WORLD_SIZE={world_size} make no job.", LEFT_OVER)
+    host, port = environment.get("MASTER_ADDR", ""), environment.get("MASTER_PORT", "")
+    if int(world_size) > 1 and not (host and port.isdecimal() and 1 <= int(port) <= LAST_PORT):
+        raise UserError(
+            f"WORLD_SIZE={world_size} ranks meet at MASTER_ADDR and MASTER_PORT, and '{host}:{port}' is no such place.",
+            f"Set these two to a host and a free port of it. {LEFT_OVER}",
+        )
+    return int(rank), int(world_size)
+
+
+def ranks_of_machine(world_size: int) -> int:
+    """Ranks of this machine, of `world_size` in all; all of them where the launcher does not say."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE", world_size)) if world_size > 1 else 1
+
+
+def cores_here() -> int:
+    """The processor cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def cores_of_rank(world_size: int) -> int:
+    """The cores that are this rank's own: Slurm may have given it some; else all ranks of the machine share them."""
+    all_here = cores_here() if ELASTIC in os.environ else os.cpu_count() or 1
+    return max(1, min(cores_here(), all_here // ranks_of_machine(world_size)))
+
+
+def pick_device(name: str, local_rank: int = 0, ranks_here: int = 1) -> torch.device:
     """The device called `name`: auto (CUDA where there is one), cpu, cuda or cuda:N.
 
     Without a number it is that of the local rank, or the only one that Slurm lets this task see. Ranks of torch's
     elastic launcher all see the same devices: there one that is missing is missed.
 
     Raises:
-        UserError: CUDA was asked for and is not there, or the name is none of these.
+        UserError: CUDA was asked for and is not there, the name is none of these, or one GPU is named for several
+            ranks of a machine (`ranks_here`).
     """
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     if name == "cpu":
         return torch.device("cpu")
     kind, _, index = name.partition(":")
-    if kind != "cuda" or (index and not index.isdigit()):
+    if kind != "cuda" or (index and not index.isdecimal()):
         raise UserError(f"There is no device called '{name}'.", "Use auto, cpu, cuda or cuda:N.")
+    if index and ranks_here > 1:
+        raise UserError(
+            f"'{name}' is one GPU, for {ranks_here} processes of this machine.",
+            "Use --device cuda, which gives each its own, and CUDA_VISIBLE_DEVICES to choose among them.",
+        )
     number = int(index) if index else local_rank
-    of_its_own = torch.cuda.device_count() == 1 and "TORCHELASTIC_RUN_ID" not in os.environ  # srun --gpus-per-task=1
+    of_its_own = torch.cuda.device_count() == 1 and ELASTIC not in os.environ  # srun --gpus-per-task=1
     if not index and of_its_own:
         number = 0
     if not torch.cuda.is_available() or number >= torch.cuda.device_count():
@@ -162,36 +209,92 @@ def pick_device(name: str, local_rank: int = 0) -> torch.device:
 def process_group(device: str = "auto", timeout_seconds: float = TIMEOUT_SECONDS) -> Iterator[Ranks]:
     """Join the job that the environment describes (RANK, WORLD_SIZE, ...), and leave it when the work ends or fails.
 
-    Without those variables the process is alone. Backend: NCCL with CUDA devices, gloo otherwise.
+    Without them, as `rank_and_world` reads them, it is alone. Backend: NCCL with CUDA devices, gloo otherwise. A rank
+    whose work is done waits for the others, however long they take: launchers take one that left for the job's end.
 
     Args:
         device: as `pick_device` takes it.
         timeout_seconds: how long the ranks wait for each other, at the start and in a collective.
 
     Raises:
-        AbsentRanksError: the ranks did not meet in time, or the port is taken.
+        UserError: the variables make no job, or the device is not here or not for every rank.
+        AbsentRanksError: the ranks did not meet in time, the port is taken, or another rank failed at its work.
     """
-    rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    local_rank = int(os.environ.get("LOCAL_RANK", 0))
-    picked = pick_device(device, local_rank)
+    joined = rank_and_world(os.environ)
+    rank, world_size = joined or (0, 1)
+    local_rank = int(os.environ.get("LOCAL_RANK", 0)) if joined else 0
+    picked = pick_device(device, local_rank, ranks_of_machine(world_size))
     if picked.type == "cuda":
         torch.cuda.set_device(picked)
     if world_size == 1:
         yield Ranks(rank, local_rank, world_size, picked)
         return
-    _use_interface_to(os.environ.get("MASTER_ADDR", "localhost"))
+    _use_interface_to(os.environ["MASTER_ADDR"])
     _meet("nccl" if picked.type == "cuda" else "gloo", rank, world_size, timeout_seconds)
     try:
         hosts = dist.new_group(backend="gloo", timeout=timedelta(minutes=HOST_TIMEOUT_MINUTES))
         assert isinstance(hosts, dist.ProcessGroup)
         yield Ranks(rank, local_rank, world_size, picked, hosts)
+        _end_together(rank, world_size, hosts)
     finally:
         dist.destroy_process_group()
 
 
+def _end_together(rank: int, world_size: int, hosts: dist.ProcessGroup) -> None:
+    """Wait until every rank has done its work: all tell rank 0, then rank 0 tells all.
+
+    By single messages, since a barrier of gloo has the time limit of its group. A rank that fails closes its
+    connections, and so ends the waiting of the others.
+    """
+
+    def send(peers: Iterable[int]) -> None:
+        _wait_long([dist.isend(torch.ones(1), peer, hosts) for peer in peers])
+
+    def receive(peers: Iterable[int]) -> None:
+        _wait_long([dist.irecv(torch.empty(1), peer, hosts) for peer in peers])
+
+    try:
+        with _dying_of_ctrl_c():
+            if rank == 0:
+                receive(range(1, world_size))
+                send(range(1, world_size))
+            else:
+                send([0])
+                receive([0])
+    except RuntimeError as error:
+        raise AbsentRanksError(
+            "This rank has done its work, and another one failed or went away.",
+            "See what that one says; the same command goes on from what is there.",
+            exit_code=1,
+        ) from error
+
+
+def _wait_long(works: Iterable[dist.Work | None]) -> None:
+    for work in works:
+        assert work is not None  # as for a rank that is not in the group
+        work.wait(LONGEST_WORK)
+
+
+@contextmanager
+def _dying_of_ctrl_c() -> Iterator[None]:
+    """Have SIGINT end this process at once, where nobody handles or ignores it.
+
+    Python's own handler would wait for what torch waits for.
+    """
+    handled = signal.getsignal(signal.SIGINT) is not signal.default_int_handler
+    if handled or threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
 def _meet(backend: str, rank: int, world_size: int, seconds: float) -> None:
     """Form the default group within the time limit."""
-    host, port = os.environ.get("MASTER_ADDR", "localhost"), int(os.environ.get("MASTER_PORT", 0))
+    host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
     place = f"{host}:{port}"
     try:
         if rank:

@@ -21,20 +21,32 @@ from typing import TYPE_CHECKING, Any, NoReturn
 from torch.distributed import DistError
 
 from xar_cli.config.schema import Section
-from xar_cli.distributed import TIMEOUT_SECONDS, AbsentRanksError, local_address, port_in_use, require_store
+from xar_cli.distributed import (
+    LAST_PORT,
+    TIMEOUT_SECONDS,
+    AbsentRanksError,
+    cores_here,
+    local_address,
+    port_in_use,
+    rank_and_world,
+    require_store,
+)
 from xar_cli.errors import UserError
 from xar_cli.logs import log, setup_logs
 
 if TYPE_CHECKING:
     from torch.distributed.launcher.api import LaunchConfig
 
-SETTINGS_FILE = "settings.json"
+SETTINGS_FILE, LOGS = "settings.json", "logs"
 ERROR_FILES = "user-error-{}.json"  # of a rank of this machine; ends the launch
 ABSENCE_FILE = "absent-ranks.json"  # does not: another attempt may go better
 SECONDS_TO_AGREE = 3.0  # within which ranks end with the same error, if they do
 SECONDS_FOR_MACHINES = 1.0  # that the ranks of other machines get for the same
 SECONDS_TO_BE_STOPPED = 30.0  # that the launcher gets to stop its ranks
 LOOPBACK = "127.0.0.1"
+FIRST_PORT, NUM_PORTS = 20_000, 12_000  # for steps of Slurm; Linux takes ports of its own from 32,768 on
+STEPS_APART = 31  # steps of one job until ports are those of the next one
+SIGNALS_OF_TORCH = "SIGTERM,SIGINT,SIGQUIT"  # that its launcher handles itself; not SIGHUP, which may be ignored
 SECONDS_TO_STOP = 600  # what workers get to write a checkpoint after SIGTERM (torch before 2.9: 30, fixed)
 
 
@@ -71,8 +83,15 @@ class LaunchOptions:
                 f"Node {self.node_rank} of {self.nnodes} with {self.nproc_per_node} processes makes no job.",
                 "--nproc-per-node and --nnodes are at least 1, and --node-rank counts from 0.",
             )
+        if self.max_restarts < 0:
+            raise UserError(f"--max-restarts {self.max_restarts} is no number of restarts.", "Give 0 or more.")
+        if self.nnodes == 1 and self.rdzv_endpoint:
+            raise UserError(
+                f"--rdzv-endpoint {self.rdzv_endpoint} is where machines meet, and this is a job of one.",
+                "Add --nnodes and --node-rank, or leave it out.",
+            )
         host, _, port = self.rdzv_endpoint.rpartition(":")
-        if self.nnodes > 1 and not (host and port.isdigit()):
+        if self.nnodes > 1 and not (host and port.isdecimal() and 1 <= int(port) <= LAST_PORT):
             raise UserError(
                 f"{self.nnodes} machines need a place to meet, and '{self.rdzv_endpoint}' is not one.",
                 "Give every machine the same --rdzv-endpoint HOST:PORT, with the host of machine 0.",
@@ -102,7 +121,7 @@ def find_place(options: LaunchOptions, environment: MutableMapping[str, str] = o
     Raises:
         UserError: the options make no job, or contradict the one that this process is in.
     """
-    starter = "RANK and WORLD_SIZE" if "RANK" in environment else "srun"
+    starter = "RANK and WORLD_SIZE" if rank_and_world(environment) else "srun"
     if not join_job(environment):
         options.check()
         return Place(0, options.world_size, options.nproc_per_node, joined=False)
@@ -146,7 +165,8 @@ def run(stage: str, settings: Section, options: LaunchOptions) -> Mapping[str, A
     """Run a stage's function in as many processes as asked for, and give what rank 0 returned.
 
     Inside somebody's torchrun, or as a task of `srun`, this process joins as the rank that it is; the options must not
-    contradict that. Otherwise one process runs it right here, and more run under torch's elastic launcher.
+    contradict that. Otherwise one process runs it right here, and more of them, or one that is to be started again
+    after a failure, run under torch's elastic launcher.
 
     Args:
         stage: `module:function`; the function takes the settings and returns JSON-ready values.
@@ -158,32 +178,46 @@ def run(stage: str, settings: Section, options: LaunchOptions) -> Mapping[str, A
         SystemExit: a worker failed otherwise; its traceback is on stderr.
     """
     place = find_place(options)
-    if place.joined or place.world_size == 1:
+    if place.joined or (place.world_size == 1 and not options.max_restarts):
         setup_logs(place.rank)
+        if place.world_size > 1:
+            meeting = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
+            log.info("Joining as rank %d of %d at %s.", place.rank, place.world_size, meeting)
         return _function(stage)(settings)
     return _launch(stage, settings, options)
 
 
 def join_job(environment: MutableMapping[str, str]) -> bool:
-    """Whether this process is one of a job already; under Slurm, RANK and the like are filled in from its variables."""
-    if "RANK" in environment and "WORLD_SIZE" in environment:
+    """Whether this process is one of a job already; under Slurm, RANK and the like are filled in from its variables.
+
+    Raises:
+        UserError: RANK and its kin make no job.
+    """
+    if rank_and_world(environment) is not None:
         return True
-    if int(environment.get("SLURM_NTASKS", "1")) < 2 or "SLURM_PROCID" not in environment:
+    # Of the step: a shell inside an allocation is a step of one task, and keeps the allocation's SLURM_NTASKS.
+    tasks = environment.get("SLURM_STEP_NUM_TASKS") or environment.get("SLURM_NTASKS", "1")
+    if int(tasks) < 2 or "SLURM_PROCID" not in environment:
         return False
     if environment.get("SLURM_STEP_NODELIST") is None:  # inside sbatch, but not started by srun
         return False
-    job = int(environment["SLURM_JOB_ID"])
     environment.update(
         RANK=environment["SLURM_PROCID"],
-        WORLD_SIZE=environment["SLURM_NTASKS"],
+        WORLD_SIZE=tasks,
         LOCAL_RANK=environment["SLURM_LOCALID"],
         MASTER_ADDR=environment.get("MASTER_ADDR") or first_host(environment["SLURM_STEP_NODELIST"]),
-        MASTER_PORT=environment.get("MASTER_PORT") or str(20000 + job % 20000),
+        MASTER_PORT=environment.get("MASTER_PORT") or str(_port_of_step(environment)),
     )
-    tasks = environment.get("SLURM_STEP_TASKS_PER_NODE") or environment.get("SLURM_TASKS_PER_NODE")
-    if tasks:
-        environment["LOCAL_WORLD_SIZE"] = str(largest_count(tasks))
+    of_nodes = environment.get("SLURM_STEP_TASKS_PER_NODE") or environment.get("SLURM_TASKS_PER_NODE")
+    if of_nodes:
+        environment["LOCAL_WORLD_SIZE"] = str(largest_count(of_nodes))
     return True
+
+
+def _port_of_step(environment: Mapping[str, str]) -> int:
+    """A port for the meeting of a job step: another one for each step of a job, below those that Linux hands out."""
+    job, step = int(environment["SLURM_JOB_ID"]), int(environment.get("SLURM_STEP_ID", "0"))
+    return FIRST_PORT + (job * STEPS_APART + step) % NUM_PORTS
 
 
 def first_host(nodelist: str) -> str:
@@ -208,20 +242,19 @@ def _launch(stage: str, settings: Section, options: LaunchOptions) -> Mapping[st
     from torch.distributed.launcher.api import elastic_launch
 
     # Some cores for each worker, unless the person has said how many.
-    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // options.nproc_per_node)))
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, cores_here() // options.nproc_per_node)))
     # A store of their own for the workers each time they are started: in the launcher's, which they would share, the
     # addresses of a former attempt are still written.
     os.environ["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = "1"
     setup_logs()
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)  # what it would say is said below
-    # Slurm's early warning is often SIGUSR1, which the elastic launcher does not pass on.
-    before = signal.signal(signal.SIGUSR1, lambda *_: os.kill(os.getpid(), signal.SIGTERM))
+    before = _pass_on_as_sigterm()
     with tempfile.TemporaryDirectory(prefix="xar-launch-") as name:
         folder = Path(name)
         (folder / SETTINGS_FILE).write_text(settings.model_dump_json(), encoding="utf-8")
         target = f"{type(settings).__module__}:{type(settings).__qualname__}"
         try:
-            config = _launch_config(stage, options)  # first: a mistyped host is told before any waiting
+            config = _launch_config(stage, options, folder / LOGS)  # first: a mistyped host is told before any waiting
             if options.node_rank:
                 host, _, port = options.rdzv_endpoint.rpartition(":")
                 require_store(host, int(port), options.rdzv_timeout)
@@ -244,21 +277,35 @@ def _launch(stage: str, settings: Section, options: LaunchOptions) -> Mapping[st
                 exit_code=1,
             ) from None
         finally:
-            signal.signal(signal.SIGUSR1, before)
+            for number, handler in before.items():
+                signal.signal(number, handler)
     return results[min(results)]
 
 
-def _launch_config(stage: str, options: LaunchOptions) -> LaunchConfig:
-    """What the elastic launcher is told."""
+def _pass_on_as_sigterm() -> dict[signal.Signals, Any]:
+    """Turn signals that the elastic launcher does not pass on into SIGTERM; gives the handlers before.
+
+    Slurm's early warning is often SIGUSR1; a terminal that closes sends SIGHUP, which stays ignored under nohup.
+    """
+    numbers = [signal.SIGUSR1]
+    if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:
+        numbers.append(signal.SIGHUP)
+    return {number: signal.signal(number, lambda *_: os.kill(os.getpid(), signal.SIGTERM)) for number in numbers}
+
+
+def _launch_config(stage: str, options: LaunchOptions, logs: Path) -> LaunchConfig:
+    """What the elastic launcher is told; `logs` is a folder for what it notes of its workers."""
+    from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs
     from torch.distributed.launcher.api import LaunchConfig
 
     single = options.nnodes == 1
     known = {field.name for field in fields(LaunchConfig)}
-    patience: dict[str, Any] = {"shutdown_timeout": SECONDS_TO_STOP} if "shutdown_timeout" in known else {}
+    newer = {"shutdown_timeout": SECONDS_TO_STOP, "signals_to_handle": SIGNALS_OF_TORCH}  # not in torch 2.6
     return LaunchConfig(
         min_nodes=options.nnodes,
         max_nodes=options.nnodes,
         nproc_per_node=options.nproc_per_node,
+        logs_specs=DefaultLogsSpecs(log_dir=str(logs)),
         run_id=f"xar-{stage}",
         rdzv_backend="c10d",
         rdzv_endpoint=f"{LOOPBACK}:0" if single else options.rdzv_endpoint,
@@ -272,7 +319,7 @@ def _launch_config(stage: str, options: LaunchOptions) -> LaunchConfig:
         max_restarts=options.max_restarts,
         start_method="spawn",
         monitor_interval=0.2,
-        **patience,
+        **{name: value for name, value in newer.items() if name in known},  # type: ignore[arg-type]
     )
 
 
@@ -327,6 +374,7 @@ def _worker(stage: str, settings_class: str, folder_name: str, launcher: int) ->
         _raise_user_error(folder)
         return _function(stage)(_function(settings_class).model_validate_json(text))
     except AbsentRanksError as error:
+        time.sleep(SECONDS_TO_AGREE)  # a rank of this machine that failed is to be seen first: it knows why
         _leave_error(folder / ABSENCE_FILE, error)
         sys.exit(error.exit_code)
     except UserError as error:

@@ -29,15 +29,14 @@ class _StderrHandler(logging.StreamHandler):
         tqdm.write(self.format(record), file=sys.stderr)
 
 
-def setup_logs(rank: int = 0, verbose: bool = False) -> None:
+def setup_logs(rank: int = 0) -> None:
     """Send log lines to stderr: everything on rank 0, warnings and errors (with their rank) on the others."""
     prefix = "" if rank == 0 else f"[rank {rank}] "
     handler = _StderrHandler()
     handler.setFormatter(logging.Formatter(f"{prefix}%(message)s"))
     log.handlers[:] = [handler]
     log.propagate = False
-    level = logging.INFO if rank == 0 else logging.WARNING
-    log.setLevel(logging.DEBUG if verbose else level)
+    log.setLevel(logging.INFO if rank == 0 else logging.WARNING)
 
 
 class Progress:

@@ -9,8 +9,10 @@ import socket
 import subprocess
 import sys
 import time
+from dataclasses import fields
 
 import pytest
+from torch.distributed.launcher.api import LaunchConfig
 
 from tests.caches import PIXEL_OVERRIDES, N, make_cache
 from tests.runs import SMALL, final_tensors, losses, settings, small_recipe
@@ -145,6 +147,33 @@ def test_ctrl_c_in_a_terminal(data, tmp_path, ranks):
     assert latest_checkpoint(RunDir(out)).step == steps_stopped_after(said)
     assert "Traceback" not in said
     assert "leaked" not in said
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_a_terminal_that_closes_stops_the_run_with_a_checkpoint(data, tmp_path, ranks):
+    out = tmp_path / "run"
+    process = start(data, out, "--nproc-per-node", str(ranks), start_new_session=True)
+    wait_for_step(process, out, 3)
+    os.killpg(process.pid, signal.SIGHUP)
+    said = process.communicate(timeout=180)[1]
+    assert process.returncode == 129, said
+    assert latest_checkpoint(RunDir(out)).step == steps_stopped_after(said)
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_nohup_lets_a_run_go_on(data, tmp_path, ranks):
+    if ranks > 1 and "signals_to_handle" not in {field.name for field in fields(LaunchConfig)}:
+        pytest.skip("this torch's launcher takes SIGHUP for itself")
+    out = tmp_path / "run"
+    process = start(
+        data, out, "--nproc-per-node", str(ranks), start_new_session=True,
+        preexec_fn=lambda: signal.signal(signal.SIGHUP, signal.SIG_IGN),  # as nohup does it
+    )  # fmt: skip
+    wait_for_step(process, out, 3)
+    os.killpg(process.pid, signal.SIGHUP)
+    said = process.communicate(timeout=240)[1]
+    assert process.returncode == 0, said
+    assert max(losses(out)) == STEPS
 
 
 def rank_of(process):

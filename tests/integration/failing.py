@@ -39,12 +39,31 @@ def end_with_user_error(settings: Attempts) -> dict:
     return {}
 
 
+class Work(Section):
+    """What ranks do: rank 0 nothing, the others sleep for some seconds, and then fail if they are asked to."""
+
+    seconds: float
+    error: str = ""  # "fault" or "user"
+
+
+def work(settings: Work) -> dict:
+    """Ranks that work apart, each for as long as it takes."""
+    with process_group("cpu") as ranks:
+        if not ranks.is_main:
+            time.sleep(settings.seconds)
+            if settings.error == "user":
+                raise UserError("Bad input on one rank.", "Mend it.")
+            if settings.error:
+                raise ZeroDivisionError
+    return {"rank": ranks.rank}
+
+
 def fail_once(settings: Attempts) -> dict:
-    """A real fault in the first attempt."""
-    rank = int(os.environ["RANK"])
+    """A real fault of the last rank in the first attempt."""
+    rank, last = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1")) - 1
     with settings.path.open("a") as file:
         file.write(f"{rank}\n")
-    if rank == 1 and settings.path.read_text().count("1") == 1:
+    if rank == last and settings.path.read_text().count(str(last)) == 1:
         raise RuntimeError("a passing fault")
     return {"done": True}
 

@@ -7,9 +7,12 @@ import subprocess
 import sys
 import time
 
+import numpy as np
 import pytest
+from PIL import Image
 
 from tests.caches import PIXEL_OVERRIDES, make_images
+from tests.distributed.ranks import free_ports
 from xar_cli.cache.stage import summarize
 from xar_cli.cli.app import main
 from xar_cli.data.cache_file import CacheFile
@@ -76,7 +79,8 @@ def test_dry_run_prints_the_plan_and_writes_nothing(images, tmp_path, xar):
 
 @pytest.mark.parametrize("rank", [0, 1])
 def test_one_of_several_tasks_prints_the_plan(images, tmp_path, xar, monkeypatch, rank):
-    for name, value in {"RANK": rank, "WORLD_SIZE": 2, "LOCAL_RANK": rank}.items():
+    job = {"RANK": rank, "WORLD_SIZE": 2, "LOCAL_RANK": rank}
+    for name, value in {**job, "MASTER_ADDR": "localhost", "MASTER_PORT": 29500}.items():
         monkeypatch.setenv(name, str(value))
     code, printed, _ = xar(*arguments(images, tmp_path / "latents.h5", "--dry-run", "--json"))
     assert (code, bool(printed)) == (0, rank == 0)
@@ -147,6 +151,25 @@ def test_several_ranks_set_no_more_aside_together_than_one(images, tmp_path, xar
     assert (summarize(out).num_samples, summarize(out).num_missing) == (25, 0)
     second = subprocess.run([*ranks, "--max-bad", "2"], capture_output=True, text=True)
     assert (second.returncode, json.loads(second.stdout)["num_bad"]) == (0, 2), second.stderr
+
+
+def test_under_srun_or_torchrun_the_first_rank_tells_of_what_all_have_made(images, tmp_path):
+    noise = np.random.default_rng(0).integers(0, 256, (1024, 1024), dtype=np.uint8)
+    for path in (images / "class-2").iterdir():  # of rank 1, which so works longer
+        Image.fromarray(noise).save(path)
+    command = [*COMMAND, *arguments(images, tmp_path / "latents.h5", "--batch-size", "4", "--workers", "1", "--json")]
+    job = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_ports(1)[0])}
+    ranks = [
+        subprocess.Popen(
+            command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+            env={**os.environ, **job, "RANK": str(rank), "LOCAL_RANK": str(rank)},
+        )
+        for rank in range(2)
+    ]  # fmt: skip
+    ended = [process.communicate(timeout=120) for process in ranks]
+    assert [process.returncode for process in ranks] == [0, 0], ended
+    told = json.loads(ended[0][0])
+    assert (told["num_samples"], told["num_missing"], ended[1][0]) == (27, 0, "")
 
 
 def test_a_stopped_command_keeps_what_it_made(tmp_path):

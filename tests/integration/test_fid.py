@@ -127,7 +127,8 @@ def test_one_protocol_is_one_protocol(capsys, run, digits, tmp_path) -> None:
 
 @pytest.mark.parametrize("rank", [0, 1])
 def test_doctor_speaks_once_in_a_job_of_two(capsys, monkeypatch, rank: int) -> None:
-    for name, value in {"RANK": rank, "WORLD_SIZE": 2, "LOCAL_RANK": rank}.items():
+    job = {"RANK": rank, "WORLD_SIZE": 2, "LOCAL_RANK": rank}
+    for name, value in {**job, "MASTER_ADDR": "localhost", "MASTER_PORT": 29500}.items():
         monkeypatch.setenv(name, str(value))
     code, out, err = xar(capsys, "fid", "doctor")
     assert code == 0, err

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -11,10 +13,9 @@ import pytest
 from PIL import Image
 
 
-def quickstart(*arguments: str) -> subprocess.CompletedProcess:
-    return subprocess.run(
-        [sys.executable, "-m", "xar_cli", "quickstart", *arguments], capture_output=True, text=True, check=False
-    )
+def quickstart(*arguments: str, **environment: str) -> subprocess.CompletedProcess:
+    command = [sys.executable, "-m", "xar_cli", "quickstart", *arguments]
+    return subprocess.run(command, capture_output=True, text=True, check=False, env={**os.environ, **environment})
 
 
 def test_short_form_runs_through_reports_and_resumes(tmp_path):
@@ -37,11 +38,14 @@ def test_short_form_runs_through_reports_and_resumes(tmp_path):
     assert "holds a finished quickstart" in again.stderr
 
     # Wherever it is asked from, and called by another name.
-    (tmp_path / "renamed").symlink_to(out)
-    elsewhere = json.loads(quickstart("--out", str(tmp_path / "renamed"), "--json").stdout)
+    renamed = tmp_path / "called otherwise"
+    renamed.symlink_to(out)
+    elsewhere = json.loads(quickstart("--out", str(renamed), "--json").stdout)
     for name, path in elsewhere["paths"].items():
-        assert path.startswith(str(tmp_path / "renamed")), name
+        assert path.startswith(str(renamed)), name
         assert Path(path).exists(), name
+    next_command = quickstart("--out", str(renamed)).stdout.splitlines()[-1].removeprefix("Next: ")
+    assert shlex.split(next_command)[:4] == ["xar", "sample", "--run", str(renamed / "run")]
 
     # Half of it lost: the rest is made again, and the samples of the same seed are the same.
     (out / "quickstart.json").unlink()
@@ -58,6 +62,14 @@ def test_short_form_runs_through_reports_and_resumes(tmp_path):
     other = quickstart("--out", str(out), "--seed", "5")
     assert other.returncode == 2
     assert "holds a quickstart with seed 0" in other.stderr
+
+
+def test_a_quickstart_is_one_process(tmp_path):
+    job = {"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"}
+    done = quickstart("--out", str(tmp_path / "out"), **job)
+    assert done.returncode == 2
+    assert "A quickstart is one process, and this one is rank 0 of 2" in " ".join(done.stderr.split())
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize("minutes", ["inf", "1e300"])

@@ -147,7 +147,8 @@ def test_leading_zeros_make_no_octal_number(capsys, weights, tmp_path):
 
 @pytest.mark.parametrize("rank", [0, 1])
 def test_one_of_several_tasks_prints_the_plan(capsys, weights, tmp_path, monkeypatch, rank):
-    for name, value in {"RANK": rank, "WORLD_SIZE": 2, "LOCAL_RANK": rank}.items():
+    job = {"RANK": rank, "WORLD_SIZE": 2, "LOCAL_RANK": rank}
+    for name, value in {**job, "MASTER_ADDR": "localhost", "MASTER_PORT": 29500}.items():
         monkeypatch.setenv(name, str(value))
     assert xar("sample", *weights, "--count", 20, "--out", tmp_path / "s", "--dry-run") == 0
     assert bool(capsys.readouterr().out) == (rank == 0)

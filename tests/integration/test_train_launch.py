@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import signal
 import socket
 import subprocess
 import sys
@@ -162,10 +163,10 @@ def test_a_machine_whose_own_name_leads_nowhere(data, tmp_path):
     assert code == 0, error
 
 
-def launched(stage, path, restarts, **settings):
-    """A launch of two ranks of a stage in failing.py: exit code, stderr, how often each rank was started."""
+def launched(stage, path, restarts, nproc=2, **settings):
+    """A launch of some ranks of a stage in failing.py: exit code, stderr, how often each rank was started."""
     code, _, error = finish(
-        start([sys.executable, "-c", RESTARTING, stage, str(path), str(restarts), json.dumps(settings)],
+        start([sys.executable, "-c", RESTARTING, stage, str(path), str(restarts), str(nproc), json.dumps(settings)],
               PYTHONPATH=os.getcwd()),
         timeout=120,
     )  # fmt: skip
@@ -181,8 +182,8 @@ from xar_cli.errors import UserError
 from xar_cli.launch import LaunchOptions, run
 
 if __name__ == "__main__":
-    stage, path, restarts, settings = sys.argv[1:]
-    options = LaunchOptions(nproc_per_node=2, max_restarts=int(restarts))
+    stage, path, restarts, nproc, settings = sys.argv[1:]
+    options = LaunchOptions(nproc_per_node=int(nproc), max_restarts=int(restarts))
     try:
         run(f"tests.integration.failing:{stage}", Attempts(path=path, **json.loads(settings)), options)
     except UserError as error:
@@ -218,6 +219,116 @@ def test_a_fault_is_tried_again(tmp_path):
     code, error, started = launched("fail_once", tmp_path / "a", 1, ranks=[])
     assert code == 0, error
     assert started[1] == 2
+
+
+MACHINE = """
+import json
+import sys
+from torch.distributed.elastic.agent.server.local_elastic_agent import LocalElasticAgent
+from tests.integration.failing import Work
+from xar_cli.errors import UserError
+from xar_cli.launch import LaunchOptions, run
+
+if __name__ == "__main__":
+    nproc, nnodes, number, endpoint, settings = sys.argv[1:]
+    build = LocalElasticAgent.__init__
+
+    def impatient(self, *rest, **named):
+        build(self, *rest, **named)
+        self._exit_barrier_timeout = 1  # for which torch's agents wait for each other at the end: else 300
+
+    LocalElasticAgent.__init__ = impatient
+    options = LaunchOptions(int(nproc), int(nnodes), int(number), endpoint)
+    try:
+        print(json.dumps(run("tests.integration.failing:work", Work(**json.loads(settings)), options)))
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(error.exit_code)
+"""
+
+
+def launched_apart(**settings):
+    """Two machines, both of them here, of one rank each, with an impatient launcher: exit code, stdout and stderr."""
+    endpoint = f"127.0.0.1:{free_ports(1)[0]}"
+    both = [
+        start([sys.executable, "-c", MACHINE, "1", "2", str(number), endpoint, json.dumps(settings)],
+              PYTHONPATH=os.getcwd())
+        for number in range(2)
+    ]  # fmt: skip
+    return [finish(process, timeout=120) for process in both]
+
+
+def test_a_machine_may_work_longer_than_torchs_launchers_wait():
+    ended = launched_apart(seconds=6)
+    for code, _, error in ended:
+        assert code == 0, error
+        assert "Traceback" not in error
+    assert sorted(json.loads(out)["rank"] for _, out, _ in ended) == [0, 1]
+
+
+@pytest.mark.parametrize("error", ["fault", pytest.param("user", marks=pytest.mark.slow)])
+def test_a_machine_that_fails_ends_the_one_that_waits_for_it(error):
+    ended = launched_apart(seconds=3, error=error)
+    assert all(code in (1, 2) for code, _, _ in ended), ended
+    said = [error for _, _, error in ended]
+    assert sum("went away" in text for text in said) == 1, said
+    assert sum(("ZeroDivisionError" if error == "fault" else "Bad input on one rank.") in text for text in said) == 1
+
+
+def test_ctrl_c_ends_a_rank_that_waits_for_the_others(tmp_path):
+    """In torch's hands it would not hear of it."""
+    (port,), done = free_ports(1), tmp_path / "done"
+    job = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "PYTHONPATH": os.getcwd()}
+    both = [start([sys.executable, "-c", WAITING, str(done)], **job, RANK=str(rank)) for rank in range(2)]
+    try:
+        while not done.exists():
+            assert both[0].poll() is None, both[0].communicate()[1]
+            time.sleep(0.1)
+        time.sleep(1)  # until it waits; should this be too short, Python hears of it
+        both[0].send_signal(signal.SIGINT)
+        both[0].communicate(timeout=60)
+        assert both[1].poll() is None
+    finally:
+        for process in both:
+            process.kill()
+            process.communicate()
+
+
+WAITING = """
+import pathlib
+import sys
+import time
+from xar_cli.distributed import process_group
+
+with process_group("cpu") as ranks:
+    if not ranks.is_main:
+        time.sleep(600)
+    pathlib.Path(sys.argv[1]).touch()
+"""
+
+
+def test_a_launch_leaves_nothing_in_the_folder_for_temporary_files(tmp_path):
+    code, _, error = finish(
+        start([sys.executable, "-c", MACHINE, "2", "1", "0", "", json.dumps({"seconds": 0})],
+              PYTHONPATH=os.getcwd(), TMPDIR=str(tmp_path))
+    )  # fmt: skip
+    assert code == 0, error
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_rank_that_waits_at_the_end_leaves_the_word_to_the_one_that_failed():
+    code, _, error = finish(
+        start([sys.executable, "-c", MACHINE, "2", "1", "0", "", json.dumps({"seconds": 2, "error": "fault"})],
+              PYTHONPATH=os.getcwd())
+    )  # fmt: skip
+    assert code == 1
+    assert "Rank 1 failed" in error
+    assert "ZeroDivisionError" in error
+
+
+def test_one_process_is_started_again_too(tmp_path):
+    code, error, started = launched("fail_once", tmp_path / "a", 1, nproc=1, ranks=[])
+    assert (code, started[0]) == (0, 2), error
 
 
 NAMELESS = """

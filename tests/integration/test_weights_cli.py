@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import socket
 import subprocess
@@ -133,6 +134,19 @@ def test_download_says_what_it_is_about_to_do_and_checks_what_came(hub, tmp_path
     assert json.loads(done.stdout)["sha256_checked"] is True
     for text in ("hf://OliverRen/xAR/xAR-B.pth", "19 B", "licence", "none"):
         assert text in done.stderr
+
+
+def test_a_download_that_is_not_agreed_to_is_none(xar, monkeypatch):
+    class Terminal(io.StringIO):
+        def isatty(self):
+            return True
+
+    monkeypatch.setattr("xar_cli.hub.remote_facts", lambda *_: (19, None))
+    monkeypatch.setattr("xar_cli.hub.fetch", lambda *_: pytest.fail("fetched all the same"))
+    monkeypatch.setattr(sys, "stdin", Terminal("n\n"))
+    code, out, err = xar("weights", "download", "base")
+    assert (code, out.strip()) == (1, "")
+    assert err.endswith("Not downloaded.\n")
 
 
 def test_download_refuses_what_is_not_what_the_hub_records(hub, tmp_path):

@@ -1,9 +1,9 @@
 import pytest
 import torch
 
-from xar_cli import launch
+from xar_cli import distributed, launch
 from xar_cli.config.schema import Section
-from xar_cli.distributed import pick_device
+from xar_cli.distributed import cores_of_rank, pick_device, process_group
 from xar_cli.errors import UserError
 from xar_cli.launch import LaunchOptions, Place, find_place, first_host, join_job
 
@@ -26,6 +26,11 @@ def shout(settings: Message) -> dict[str, str]:
         (LaunchOptions(nnodes=2), "need a place to meet"),
         (LaunchOptions(nnodes=2, rdzv_endpoint="host"), "need a place to meet"),
         (LaunchOptions(nnodes=2, rdzv_endpoint="host:port"), "need a place to meet"),
+        (LaunchOptions(nnodes=2, rdzv_endpoint="host:99999"), "need a place to meet"),
+        (LaunchOptions(nnodes=2, rdzv_endpoint="host:0"), "need a place to meet"),
+        (LaunchOptions(nnodes=2, rdzv_endpoint="host:²"), "need a place to meet"),
+        (LaunchOptions(rdzv_endpoint="host:29500"), "this is a job of one"),  # a forgotten --nnodes
+        (LaunchOptions(max_restarts=-1), "no number of restarts"),
     ],
 )
 def test_impossible_jobs(options, fault):
@@ -68,6 +73,9 @@ def test_first_host_of_a_node_list(nodelist, host):
     assert first_host(nodelist) == host
 
 
+MEETING = {"MASTER_ADDR": "gpu01", "MASTER_PORT": "29500"}
+
+
 def slurm(**changes):
     environment = {
         "SLURM_NTASKS": "16", "SLURM_PROCID": "9", "SLURM_LOCALID": "1",
@@ -83,7 +91,24 @@ def test_a_task_of_srun_joins_as_the_rank_it_is():
     assert environment["WORLD_SIZE"] == "16"
     assert environment["LOCAL_RANK"] == "1"
     assert environment["MASTER_ADDR"] == "gpu07"
-    assert 20000 <= int(environment["MASTER_PORT"]) < 40000
+    assert 20000 <= int(environment["MASTER_PORT"]) < 32000
+
+
+def test_steps_of_one_job_meet_at_ports_of_their_own():
+    ports = []
+    for step in range(8):
+        environment = slurm(SLURM_STEP_ID=str(step))
+        assert join_job(environment)
+        ports.append(environment["MASTER_PORT"])
+    assert len(set(ports)) == 8
+
+
+def test_a_shell_inside_an_allocation_is_one_process():
+    """It is a step of one task, and keeps the number of tasks of the allocation."""
+    assert not join_job(slurm(SLURM_STEP_NUM_TASKS="1", SLURM_PROCID="0", SLURM_LOCALID="0"))
+    step = slurm(SLURM_STEP_NUM_TASKS="10")
+    assert join_job(step)
+    assert step["WORLD_SIZE"] == "10"
 
 
 @pytest.mark.parametrize(
@@ -116,17 +141,57 @@ def test_a_batch_script_without_srun_is_one_process():
 
 
 def test_torchrun_comes_before_slurm():
-    environment = slurm(RANK="3", WORLD_SIZE="4")
+    environment = slurm(**MEETING, RANK="3", WORLD_SIZE="4")
     assert join_job(environment)
     assert environment["RANK"] == "3"
+
+
+@pytest.mark.parametrize("alone", [{"RANK": "1"}, {"WORLD_SIZE": "2"}, {"RANK": "1", "LOCAL_RANK": "1"}])
+def test_rank_or_world_size_by_itself_counts_for_nothing(monkeypatch, alone):
+    """For the launch and for the stage in it."""
+    assert find_place(LaunchOptions(), dict(alone)) == Place(0, 1, 1, False)
+    for name, value in alone.items():
+        monkeypatch.setenv(name, value)
+    with process_group("cpu") as ranks:
+        assert (ranks.rank, ranks.local_rank, ranks.world_size) == (0, 0, 1)
+
+
+@pytest.mark.parametrize(
+    ("changes", "fault"),
+    [
+        ({"RANK": "2"}, "RANK=2 and WORLD_SIZE=2 make no job"),
+        ({"RANK": "-1"}, "RANK=-1 and WORLD_SIZE=2 make no job"),
+        ({"WORLD_SIZE": "two"}, "RANK=1 and WORLD_SIZE=two make no job"),
+        ({"MASTER_ADDR": ""}, "':29500' is no such place"),
+        ({"MASTER_PORT": ""}, "'gpu01:' is no such place"),
+        ({"MASTER_PORT": "99999"}, "'gpu01:99999' is no such place"),
+    ],
+)
+def test_variables_that_make_no_job_are_a_sentence(monkeypatch, changes, fault):
+    environment = {"RANK": "1", "WORLD_SIZE": "2", **MEETING, **changes}
+    with pytest.raises(UserError, match=fault):
+        find_place(LaunchOptions(), environment)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(UserError, match=fault), process_group("cpu"):
+        pass
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_the_first_rank_says_where_it_waits(monkeypatch, capsys, rank):
+    """A process that takes itself for one of many would otherwise wait in silence."""
+    for name, value in {"RANK": str(rank), "WORLD_SIZE": "2", **MEETING}.items():
+        monkeypatch.setenv(name, value)
+    launch.run("tests.unit.test_launch:shout", Message(text="hi"), LaunchOptions())
+    assert capsys.readouterr().err == ("" if rank else "Joining as rank 0 of 2 at gpu01:29500.\n")
 
 
 SLURM_8 = slurm(SLURM_TASKS_PER_NODE="8(x2)", SLURM_NODEID="1")
 SLURM_1 = slurm(SLURM_TASKS_PER_NODE="1(x16)", SLURM_LOCALID="0", SLURM_NODEID="9")
 TORCHRUN = {
-    "RANK": "5", "WORLD_SIZE": "8", "LOCAL_WORLD_SIZE": "4", "GROUP_WORLD_SIZE": "2", "GROUP_RANK": "1",
-    "MASTER_ADDR": "gpu01", "MASTER_PORT": "29500",
+    "RANK": "5", "WORLD_SIZE": "8", "LOCAL_WORLD_SIZE": "4", "GROUP_WORLD_SIZE": "2", "GROUP_RANK": "1", **MEETING,
 }  # fmt: skip
+JOB = {"RANK": "3", "WORLD_SIZE": "4", **MEETING}
 LEFT_OVER = {"RANK": "0", "WORLD_SIZE": "1"}
 
 
@@ -138,7 +203,7 @@ LEFT_OVER = {"RANK": "0", "WORLD_SIZE": "1"}
         (SLURM_8, LaunchOptions(8, 2, 1), Place(9, 16, 8, True)),
         (TORCHRUN, LaunchOptions(4, 2, 1, "gpu01:29500"), Place(5, 8, 4, True)),
         (LEFT_OVER, LaunchOptions(), Place(0, 1, 1, True)),
-        ({"RANK": "3", "WORLD_SIZE": "4"}, LaunchOptions(nproc_per_node=4), Place(3, 4, 1, True)),
+        (JOB, LaunchOptions(nproc_per_node=4), Place(3, 4, 1, True)),
         ({}, LaunchOptions(8, 4, 3, "gpu01:29500"), Place(0, 32, 8, False)),
     ],
 )
@@ -190,6 +255,44 @@ def test_device_of_a_rank(monkeypatch, devices, local_rank, elastic, picked):
         return
     with pytest.raises(UserError, match="'cuda:3' is not here"):
         pick_device("cuda", local_rank)
+
+
+@pytest.mark.parametrize("name", ["cuda:²", "cuda:x", "gpu"])
+def test_a_device_that_does_not_exist_is_a_sentence(name):
+    with pytest.raises(UserError, match="There is no device called"):
+        pick_device(name)
+
+
+def test_one_gpu_is_not_for_several_ranks_of_a_machine(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
+    for name, value in {"RANK": "0", "WORLD_SIZE": "4", "LOCAL_WORLD_SIZE": "2", **MEETING}.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(UserError, match="'cuda:1' is one GPU, for 2 processes"), process_group("cuda:1"):
+        pass
+    assert pick_device("cuda:1", ranks_here=1) == torch.device("cuda:1")  # one process on each of several machines
+
+
+@pytest.mark.parametrize(
+    ("world_size", "variables", "cores", "expected"),
+    [
+        (1, {}, 6, 6),
+        (4, {"LOCAL_WORLD_SIZE": "2", "TORCHELASTIC_RUN_ID": "x"}, 6, 3),  # that both share
+        (4, {"LOCAL_WORLD_SIZE": "2"}, 6, 6),  # its own, by Slurm
+        (4, {"LOCAL_WORLD_SIZE": "2"}, 64, 32),
+        (4, {}, 64, 16),
+        (128, {"LOCAL_WORLD_SIZE": "128"}, 64, 1),
+    ],
+)
+def test_cores_of_a_rank(monkeypatch, world_size, variables, cores, expected):
+    """On a machine of 64 cores, of which this process may use some."""
+    for name in ("LOCAL_WORLD_SIZE", "TORCHELASTIC_RUN_ID"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(distributed.os, "cpu_count", lambda: 64)
+    monkeypatch.setattr(distributed.os, "sched_getaffinity", lambda _: set(range(cores)))
+    assert cores_of_rank(world_size) == expected
 
 
 @pytest.mark.parametrize(("code", "shown"), [(-9, 137), (-15, 143), (2, 2), (1, 1), (0, 1)])

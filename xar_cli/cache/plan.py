@@ -40,7 +40,7 @@ class CacheSettings(Section):
     dtype: str = Field("float16", description="float16 or float32, as stored.")
     max_bad: int | None = Field(0, description="Unusable images to leave out before the end; None: any number.")
     batch_size: int | None = Field(None, description="Images encoded together; None: by image size.")
-    workers: int | None = Field(None, description="Threads that decode; None: one per core.")
+    workers: int | None = Field(None, description="Threads that decode; None: this process's share of the cores.")
     device: str = Field("auto", description="Where the tokenizer runs: auto, cpu, cuda or cuda:N.")
 
     def check(self) -> None:

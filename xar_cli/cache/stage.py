@@ -25,7 +25,7 @@ from xar_cli.data.cache_file import BAD, MISSING, WRITTEN, CacheFile, create_cac
 from xar_cli.data.imagenet import class_title
 from xar_cli.data.images import printable
 from xar_cli.data.latents import LatentWriter
-from xar_cli.distributed import Ranks, pick_device, process_group
+from xar_cli.distributed import Ranks, cores_of_rank, pick_device, process_group
 from xar_cli.errors import UserError
 from xar_cli.lock import JobLock
 from xar_cli.logs import log, progress
@@ -87,9 +87,19 @@ def cache_latents(images: Path, out: Path, config: Config, *, device: str = "aut
 
 
 def run_stage(settings: CacheSettings) -> dict[str, Any]:
-    """The stage as a process of a job, alone or one of many; the summary as plain values."""
+    """The stage as a process of a job, alone or one of many.
+
+    Returns:
+        What `--json` prints: the summary of what all ranks have made. Only rank 0 has something to say.
+    """
     with process_group(settings.device) as ranks:
-        return run_cache(settings, ranks).as_dict()
+        summary = run_cache(settings, ranks)
+    if not ranks.is_main:
+        return {}
+    if ranks.world_size == 1:
+        return summary.as_dict()
+    finished = replace(summarize(settings.out), seconds=summary.seconds)  # the ranks have left together
+    return {**finished.as_dict(), "num_encoded": None}
 
 
 def plan_cache(settings: CacheSettings) -> CachePlan:
@@ -102,9 +112,9 @@ def plan_cache(settings: CacheSettings) -> CachePlan:
 def run_cache(settings: CacheSettings, ranks: Ranks) -> CacheSummary:
     """Make this rank's share of a latent cache.
 
-    Ranks meet only before the work, to create the file and to divide what is to do; what rank 0 is refused there is
-    refused to all. None waits for another's work. So with several ranks the summary may tell of an unfinished cache:
-    ask `summarize` again when all have ended.
+    Ranks meet before the work, to create the file and to divide what is to do, and not again in here; what rank 0 is
+    refused there is refused to all. So with several ranks the summary may tell of an unfinished cache: ask `summarize`
+    again when all have ended.
 
     Raises:
         UserError: bad input (exit code 2, nothing written), too many bad images or a full disk (exit code 1;
@@ -217,7 +227,7 @@ def _encode_share(settings: CacheSettings, job: Job, writer: LatentWriter, block
         stop_between_pieces(signal.SIGINT, signal.SIGTERM) as stop,
         progress(todo, label, enabled=ranks.is_main and todo > 0) as display,
     ):
-        encode_blocks(job, blocks, writer, bad, display, settings.workers or os.cpu_count() or 1, stop)
+        encode_blocks(job, blocks, writer, bad, display, settings.workers or cores_of_rank(ranks.world_size), stop)
     return int(np.count_nonzero((writer.states == WRITTEN) & ~before))
 
 

@@ -55,7 +55,9 @@ def cache_latents(
     skip_bad: Annotated[bool, typer.Option("--skip-bad", help="Leave out any number of unusable images.")] = False,
     max_bad: Annotated[int, typer.Option(help="Unusable images to leave out before the work ends.")] = 0,
     batch_size: Annotated[int | None, typer.Option(help="Images encoded together; default by size.")] = None,
-    workers: Annotated[int | None, typer.Option(help="Threads that decode; default one per core.")] = None,
+    workers: Annotated[
+        int | None, typer.Option(help="Threads that decode; default: this process's share of the cores.")
+    ] = None,
     device: DeviceOption = "auto",
     nproc_per_node: NprocOption = 1,
     nnodes: NnodesOption = 1,
@@ -74,7 +76,7 @@ def cache_latents(
         refuse_options_before_subcommand(context)
         return
     from xar_cli.cache.plan import CacheSettings
-    from xar_cli.cache.stage import plan_cache, require_few_bad, summarize
+    from xar_cli.cache.stage import plan_cache, require_few_bad
     from xar_cli.config import load_recipe
     from xar_cli.errors import UserError
     from xar_cli.hub import absolute_source
@@ -107,9 +109,9 @@ def cache_latents(
             return
         _print({"out": str(out), **plan_cache(settings).as_dict()}, as_json)
         return
-    result = dict(run("xar_cli.cache.stage:run_stage", settings, launch))
-    if launch.world_size > 1:  # the ranks have all ended now
-        result |= {**summarize(settings.out).as_dict(), "num_encoded": None, "seconds": result["seconds"]}
+    result = run("xar_cli.cache.stage:run_stage", settings, launch)
+    if not result:  # one of several processes: the first one speaks for all
+        return
     require_few_bad(settings, result["num_bad"])
     _print(result, as_json)
 

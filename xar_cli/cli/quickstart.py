@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 from pathlib import Path
 from typing import Annotated
 
@@ -22,10 +23,18 @@ def quickstart(
     as_json: JsonOption = False,
 ) -> None:
     """Digits, latents, training, samples, Frechet distance: all four stages on real data, in 5 minutes on 2 cores."""
+    from xar_cli.errors import UserError
+    from xar_cli.launch import LaunchOptions, find_place
     from xar_cli.logs import setup_logs
     from xar_cli.quickstart import quickstart as run_quickstart
 
     setup_logs()
+    place = find_place(LaunchOptions())
+    if place.world_size > 1:
+        raise UserError(
+            f"A quickstart is one process, and this one is rank {place.rank} of {place.world_size}.",
+            "Start it without srun or torchrun; where RANK and WORLD_SIZE are left over, unset them.",
+        )
     result = run_quickstart(out, seed, minutes, device)
     if as_json:
         typer.echo(json.dumps(result))
@@ -43,4 +52,4 @@ def quickstart(
             *((name.replace("_", " "), path) for name, path in result["paths"].items()),
         ]
     )
-    typer.echo(f"\nNext: xar sample --run {result['paths']['run']} --class 7 --grid 8x4 --save sevens.png")
+    typer.echo(f"\nNext: xar sample --run {shlex.quote(result['paths']['run'])} --class 7 --grid 8x4 --save sevens.png")

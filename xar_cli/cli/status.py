@@ -31,10 +31,7 @@ def status(
         ("health", "good" if found.healthy else "; ".join(found.worries)),
         ("step", f"{found.step:,} of {found.total_steps or 0:,}" + (f", epoch {found.epoch:g}" if found.epoch else "")),
         ("time left", left),
-        (
-            "loss",
-            _form(found.loss, ".4f") and f"{_form(found.loss, '.4f')} (before: {_form(found.loss_before, '.4f')})",
-        ),
+        ("loss", _compared(found.loss, found.loss_before)),
         ("gradient norm", _form(found.grad_norm, ".3f")),
         ("learning rate", _form(found.lr, ".2e")),
         ("images/s", _form(found.images_per_second, ".1f")),
@@ -45,6 +42,12 @@ def status(
         ("measured with", found.measured_with),
     ]
     print_rows([(name, value) for name, value in rows if value is not None])
+
+
+def _compared(loss: float | None, before: float | None) -> str | None:
+    """A loss beside the one before it, where there is one."""
+    told = _form(loss, ".4f")
+    return told if told is None or before is None else f"{told} (before: {before:.4f})"
 
 
 def _form(value: float | None, form: str) -> str | None:

@@ -61,7 +61,7 @@ def train(
     """Train a recipe on a latent cache. Stopped at any point, the same command goes on from there.
 
     Exit codes: 0 done, 1 failed, 2 bad input; stopped with a checkpoint written: 130 by Ctrl-C, 143 by SIGTERM, 138 by
-    SIGUSR1.
+    SIGUSR1, 129 by SIGHUP.
     """
     from xar_cli.config import load_recipe
     from xar_cli.errors import UserError

@@ -88,7 +88,9 @@ def download(
     if not yes:
         if not sys.stdin.isatty():
             raise UserError("Nobody is here to agree to the download.", "Add --yes.")
-        typer.confirm("Download it?", abort=True, err=True)
+        if not typer.confirm("Download it?", err=True):
+            typer.echo("Not downloaded.", err=True)
+            raise typer.Exit(1)
     path = fetch(published.file)
     expected = published.sha256 or recorded
     if expected is not None:

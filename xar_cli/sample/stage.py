@@ -41,7 +41,7 @@ __all__ = ["MANIFEST", "SampleSettings", "describe_settings", "draw_images", "ma
 
 
 def sample(settings: SampleSettings) -> dict[str, Any]:
-    """Draw the images that are not there yet; each process draws its own share and waits for no other.
+    """Draw the images that are not there yet; each process draws its own share, and waits for the others at the end.
 
     Returns:
         What `--json` prints: the folder, counts, seconds, images per second. Only rank 0 has something to say.

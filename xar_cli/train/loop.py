@@ -184,7 +184,7 @@ def dry_run_plan(
     check_looks(config, tokenizer_weights, reference, measure)
     if init_from is not None and parse_hub_name(init_from) is None:
         open_start(init_from, config)
-    picked = pick_device(device)
+    picked = pick_device(device, ranks_here=ranks_here)
     require_parallel(config.train, world_size, picked)
     limit = None
     if config.train.max_batch_per_rank == AUTO:

@@ -5,7 +5,6 @@ Files and folders are checked in run.py; here are the device, the batch and one 
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
 from dataclasses import replace
 
@@ -14,7 +13,7 @@ from torch import Tensor
 
 from xar_cli.config.schema import Config
 from xar_cli.device_memory import is_out_of_memory
-from xar_cli.distributed import Ranks
+from xar_cli.distributed import Ranks, ranks_of_machine
 from xar_cli.errors import UserError
 from xar_cli.logs import log
 from xar_cli.run_dir import format_bytes
@@ -40,7 +39,7 @@ def batch_limit(config: Config, ranks: Ranks, before: int | None) -> int:
         return int(limit)
     if before is not None:
         return before
-    fits = -ranks.largest(-estimated_batch(config, ranks.device, ranks.world_size, _ranks_here(ranks)))
+    fits = -ranks.largest(-estimated_batch(config, ranks.device, ranks.world_size, ranks_of_machine(ranks.world_size)))
     if ranks.device.type not in PROBED_DEVICES:
         log.info("Batch per rank: at most %d, by estimate (the memory of a CPU is not probed).", fits)
     return fits
@@ -59,7 +58,7 @@ def memory_of_rank(device: torch.device, ranks_here: int) -> int:
 
 def with_memory(plan: TrainPlan, ranks: Ranks) -> TrainPlan:
     """The plan, compared with the memory that is here; where it does not fit by estimate, a warning says so."""
-    plan = replace(plan, device_bytes=memory_of_rank(ranks.device, _ranks_here(ranks)))
+    plan = replace(plan, device_bytes=memory_of_rank(ranks.device, ranks_of_machine(ranks.world_size)))
     warning = memory_warning(plan)
     if warning is not None and ranks.is_main:
         log.warning("%s", warning)
@@ -124,11 +123,6 @@ def first_batch(state: TrainState, plan: TrainPlan, batches: Batches, ranks: Ran
             format_bytes(torch.cuda.max_memory_allocated(ranks.device)), format_bytes(plan.memory_bytes),
             format_bytes(device_bytes(ranks.device)),
         )  # fmt: skip
-
-
-def _ranks_here(ranks: Ranks) -> int:
-    """Ranks of this machine; all of them where the launcher does not say."""
-    return int(os.environ.get("LOCAL_WORLD_SIZE", ranks.world_size))
 
 
 def _does_not_fit(batch: int, chosen: str) -> UserError:

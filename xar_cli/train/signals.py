@@ -11,7 +11,8 @@ from xar_cli.distributed import Ranks
 from xar_cli.errors import UserError
 from xar_cli.stopping import SECONDS_OF_ONE_STOP
 
-STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)  # Slurm's pre-emption: SIGTERM, or what --signal names
+# Slurm's pre-emption sends SIGTERM, or what --signal names; a terminal that closes sends SIGHUP.
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
 
 
 class StopError(UserError):
@@ -52,10 +53,12 @@ class StopRequest:
 def stop_signals() -> Iterator[StopRequest]:
     """Note stop signals instead of dying of them, until the block is left; after Ctrl-C, SIGINT is noted on.
 
-    The launcher's copy of it may still come, and must not break into an end in good order.
+    The launcher's copy of it may still come, and must not break into an end in good order. SIGHUP stays ignored where
+    it is, as under nohup.
     """
     request = StopRequest()
-    before = {number: signal.signal(number, request.note) for number in STOP_SIGNALS}
+    ignored = {signal.SIGHUP} if signal.getsignal(signal.SIGHUP) == signal.SIG_IGN else set()
+    before = {number: signal.signal(number, request.note) for number in STOP_SIGNALS if number not in ignored}
     try:
         yield request
     finally:

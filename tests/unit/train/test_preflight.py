@@ -59,7 +59,8 @@ def test_dry_run_compares_with_the_device(data, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("rank", [0, 1])
 def test_dry_run_in_a_job_plans_for_its_ranks_and_is_printed_once(tmp_path, monkeypatch, rank):
-    for name, value in {"RANK": rank, "WORLD_SIZE": 4, "LOCAL_RANK": rank, "LOCAL_WORLD_SIZE": 2}.items():
+    job = {"RANK": rank, "WORLD_SIZE": 4, "LOCAL_RANK": rank, "LOCAL_WORLD_SIZE": 2}
+    for name, value in {**job, "MASTER_ADDR": "localhost", "MASTER_PORT": 29500}.items():
         monkeypatch.setenv(name, str(value))
     printed = dry_run(tmp_path, "--json")
     assert printed == "" if rank else json.loads(printed)["world_size"] == 4

@@ -225,3 +225,12 @@ def test_command(tmp_path):
     table = CliRunner().invoke(app, ["status", str(run.root)]).stdout
     assert "finished" in table
     assert "450 of 450" in table
+    assert f"{found['loss']:.4f} (before: {found['loss_before']:.4f})" in table
+
+
+def test_a_short_run_has_no_loss_before(tmp_path):
+    run = make_run(tmp_path / "run", records(2), total=450)
+    table = CliRunner().invoke(app, ["status", str(run.root)]).stdout
+    assert "loss" in table
+    assert "before" not in table
+    assert "None" not in table
