@@ -29,7 +29,9 @@ Value = TypeVar("Value")
 
 
 class AbsentRanksError(UserError):
-    """The ranks did not meet; another attempt may go better, where other errors of a person would come again."""
+    """Other ranks did not come, or went away; another attempt may go better, where other errors of a person would come
+    again.
+    """
 
 
 HOST_TIMEOUT_MINUTES = 60  # rank 0 may write a large checkpoint while the others wait
@@ -142,13 +144,18 @@ def rank_and_world(environment: Mapping[str, str]) -> tuple[int, int] | None:
     """Rank and world size of this process by RANK and WORLD_SIZE; None where they are not both there: it is alone.
 
     Raises:
-        UserError: they make no job, or MASTER_ADDR and MASTER_PORT do not say where several ranks meet.
+        UserError: they, or LOCAL_RANK and LOCAL_WORLD_SIZE beside them, make no job, or MASTER_ADDR and MASTER_PORT
+            do not say where several ranks meet.
     """
     if "RANK" not in environment or "WORLD_SIZE" not in environment:
         return None
     rank, world_size = environment["RANK"], environment["WORLD_SIZE"]
     if not (rank.isdecimal() and world_size.isdecimal() and int(rank) < int(world_size)):
         raise UserError(f"RANK={rank} and WORLD_SIZE={world_size} make no job.", LEFT_OVER)
+    for name, least in (("LOCAL_RANK", 0), ("LOCAL_WORLD_SIZE", 1)):
+        value = environment.get(name, str(least))
+        if not value.isdecimal() or int(value) < least:
+            raise UserError(f"{name}='{value}' beside RANK={rank} is no number of a process.", LEFT_OVER)
     host, port = environment.get("MASTER_ADDR", ""), environment.get("MASTER_PORT", "")
     if int(world_size) > 1 and not (host and port.isdecimal() and 1 <= int(port) <= LAST_PORT):
         raise UserError(
@@ -191,7 +198,7 @@ def pick_device(name: str, local_rank: int = 0, ranks_here: int = 1) -> torch.de
     kind, _, index = name.partition(":")
     if kind != "cuda" or (index and not index.isdecimal()):
         raise UserError(f"There is no device called '{name}'.", "Use auto, cpu, cuda or cuda:N.")
-    if index and ranks_here > 1:
+    if index and ranks_here > 1 and _devices_are_shared():
         raise UserError(
             f"'{name}' is one GPU, for {ranks_here} processes of this machine.",
             "Use --device cuda, which gives each its own, and CUDA_VISIBLE_DEVICES to choose among them.",
@@ -203,6 +210,13 @@ def pick_device(name: str, local_rank: int = 0, ranks_here: int = 1) -> torch.de
     if not torch.cuda.is_available() or number >= torch.cuda.device_count():
         raise UserError(f"Device 'cuda:{number}' is not here.", "Use --device cpu, or check `nvidia-smi`.")
     return torch.device("cuda", number)
+
+
+def _devices_are_shared() -> bool:
+    """Whether all ranks of this machine are known to see the same devices: those of torch's launcher do, ours too."""
+    if ELASTIC in os.environ or rank_and_world(os.environ) is None:
+        return True
+    return "LOCAL_WORLD_SIZE" in os.environ and torch.cuda.device_count() > 1
 
 
 @contextmanager
@@ -244,7 +258,7 @@ def _end_together(rank: int, world_size: int, hosts: dist.ProcessGroup) -> None:
     """Wait until every rank has done its work: all tell rank 0, then rank 0 tells all.
 
     By single messages, since a barrier of gloo has the time limit of its group. A rank that fails closes its
-    connections, and so ends the waiting of the others.
+    connections, and so ends the waiting of the others: at the latest when the ranks before it have done their work.
     """
 
     def send(peers: Iterable[int]) -> None:

@@ -119,7 +119,8 @@ def find_place(options: LaunchOptions, environment: MutableMapping[str, str] = o
     """The place of this process in the job that it is in already, else at the head of the one that is asked for.
 
     Raises:
-        UserError: the options make no job, or contradict the one that this process is in.
+        UserError: the options, or RANK and its kin, make no job, or the options contradict the one that this process is
+            in.
     """
     starter = "RANK and WORLD_SIZE" if rank_and_world(environment) else "srun"
     if not join_job(environment):
@@ -211,7 +212,7 @@ def join_job(environment: MutableMapping[str, str]) -> bool:
     of_nodes = environment.get("SLURM_STEP_TASKS_PER_NODE") or environment.get("SLURM_TASKS_PER_NODE")
     if of_nodes:
         environment["LOCAL_WORLD_SIZE"] = str(largest_count(of_nodes))
-    return True
+    return rank_and_world(environment) is not None
 
 
 def _port_of_step(environment: Mapping[str, str]) -> int:
@@ -261,7 +262,11 @@ def _launch(stage: str, settings: Section, options: LaunchOptions) -> Mapping[st
             results = elastic_launch(config, _worker)(stage, target, str(folder), os.getpid())
         except ChildFailedError as error:
             _raise_user_error(folder)
-            _raise_user_error(folder, ABSENCE_FILE)
+            if (folder / ABSENCE_FILE).exists():
+                for local_rank, traceback in _crashes(folder / LOGS)[:1]:  # it is why the others missed that rank
+                    log.error("Rank %d of this machine failed:\n%s", local_rank, traceback)
+                    raise SystemExit(1) from None
+                _raise_user_error(folder, ABSENCE_FILE)
             rank, failure = error.get_first_failure()
             log.error("Rank %s failed:\n%s", rank, _traceback(failure.message))
             raise SystemExit(exit_code(failure.exitcode)) from None
@@ -337,6 +342,13 @@ def _traceback(message: Any) -> str:
     """The traceback in what the elastic launcher keeps of a failure, or all of it."""
     details = message.get("extraInfo", {}) if isinstance(message, dict) else {}
     return str(details.get("py_callstack", message)).rstrip()
+
+
+def _crashes(logs: Path) -> list[tuple[int, str]]:
+    """Rank of this machine and traceback of each that failed in the last attempt, as torch's launcher keeps them."""
+    attempts = sorted(logs.glob("*/attempt_*"), key=lambda folder: int(folder.name.rpartition("_")[2]))
+    files = sorted(attempts[-1].glob("*/error.json")) if attempts else []
+    return [(int(file.parent.name), _traceback(json.loads(file.read_text())["message"])) for file in files]
 
 
 def exit_code(code: int) -> int:

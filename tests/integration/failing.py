@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import os
 import time
 from contextlib import nullcontext
@@ -44,12 +45,14 @@ class Work(Section):
 
     seconds: float
     error: str = ""  # "fault" or "user"
+    seconds_to_end: float = 0  # that a rank which fails still takes to end its process
 
 
 def work(settings: Work) -> dict:
     """Ranks that work apart, each for as long as it takes."""
     with process_group("cpu") as ranks:
         if not ranks.is_main:
+            atexit.register(time.sleep, settings.seconds_to_end)
             time.sleep(settings.seconds)
             if settings.error == "user":
                 raise UserError("Bad input on one rank.", "Mend it.")

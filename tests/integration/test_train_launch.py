@@ -275,6 +275,17 @@ def test_a_machine_that_fails_ends_the_one_that_waits_for_it(error):
     assert sum(("ZeroDivisionError" if error == "fault" else "Bad input on one rank.") in text for text in said) == 1
 
 
+def test_the_traceback_is_shown_also_of_a_rank_that_takes_its_time_to_end():
+    """The rank that waits for it gives up sooner, with a sentence that says less."""
+    settings = json.dumps({"seconds": 0, "error": "fault", "seconds_to_end": 6})
+    code, _, error = finish(
+        start([sys.executable, "-c", MACHINE, "2", "1", "0", "", settings], PYTHONPATH=os.getcwd()), timeout=120
+    )
+    assert code == 1
+    assert "Rank 1 of this machine failed:" in error
+    assert "ZeroDivisionError" in error
+
+
 def test_ctrl_c_ends_a_rank_that_waits_for_the_others(tmp_path):
     """In torch's hands it would not hear of it."""
     (port,), done = free_ports(1), tmp_path / "done"

@@ -165,6 +165,8 @@ def test_rank_or_world_size_by_itself_counts_for_nothing(monkeypatch, alone):
         ({"MASTER_ADDR": ""}, "':29500' is no such place"),
         ({"MASTER_PORT": ""}, "'gpu01:' is no such place"),
         ({"MASTER_PORT": "99999"}, "'gpu01:99999' is no such place"),
+        ({"LOCAL_RANK": ""}, "LOCAL_RANK='' beside RANK=1"),
+        ({"LOCAL_WORLD_SIZE": "0"}, "LOCAL_WORLD_SIZE='0' beside RANK=1"),
     ],
 )
 def test_variables_that_make_no_job_are_a_sentence(monkeypatch, changes, fault):
@@ -271,6 +273,11 @@ def test_one_gpu_is_not_for_several_ranks_of_a_machine(monkeypatch):
     with pytest.raises(UserError, match="'cuda:1' is one GPU, for 2 processes"), process_group("cuda:1"):
         pass
     assert pick_device("cuda:1", ranks_here=1) == torch.device("cuda:1")  # one process on each of several machines
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)  # srun --gpus-per-task=1: each task sees its own
+    assert pick_device("cuda:0", ranks_here=2) == torch.device("cuda:0")
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "x")
+    with pytest.raises(UserError, match="'cuda:0' is one GPU"):
+        pick_device("cuda:0", ranks_here=2)
 
 
 @pytest.mark.parametrize(

@@ -28,9 +28,11 @@ def print_rows(rows: Iterable[Sequence[str]], header: Sequence[str] = ()) -> Non
 
 
 def is_of_printing(error: BaseException) -> bool:
-    """Whether an error arose where a result was printed: the disk behind `>` is full, say."""
-    printing = (print_rows.__code__, typer.echo.__code__)
-    return any(frame.f_code in printing for frame, _ in walk_tb(error.__traceback__))
+    """Whether an error arose where a result, or help, was printed: the disk behind `>` is full, say."""
+    from rich.console import Console
+
+    printing = (typer.echo.__module__, Console.__module__)
+    return any(frame.f_globals.get("__name__") in printing for frame, _ in walk_tb(error.__traceback__))
 
 
 def throw_away_stdout() -> None:

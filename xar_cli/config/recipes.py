@@ -19,6 +19,7 @@ from xar_cli.errors import UserError, did_you_mean, nearest
 YAML_TEXT, YAML_INT, YAML_FLOAT, YAML_TRUTH, YAML_DATE, YAML_MERGE = (
     f"tag:yaml.org,2002:{name}" for name in ("str", "int", "float", "bool", "timestamp", "merge")
 )
+OF_A_TAG = (ValueError, KeyError, AttributeError)  # of PyYAML, for a value that its tag does not allow: `!!bool foo`
 DECIMAL = re.compile(r"[-+]?[0-9_]+")
 OPTIMISATION = (
     "epochs", "global_batch_size", "base_lr", "min_lr", "warmup_fraction", "decay_start_fraction", "betas",
@@ -143,7 +144,7 @@ def _read_yaml(path: Path) -> dict[str, Any]:
         raise UserError(
             f"Cannot read the recipe '{path}': {error}.", "Check the path, or see `xar recipes list`."
         ) from None
-    except (yaml.YAMLError, ValueError) as error:  # a value that its tag does not allow is a ValueError
+    except (yaml.YAMLError, *OF_A_TAG) as error:
         where = " ".join(str(error).split())
         raise UserError(f"The recipe '{path}' is not valid YAML: {where}.", "Mend the file at that place.") from None
     if not isinstance(values, dict):
@@ -217,6 +218,11 @@ def _apply_override(values: dict[str, Any], override: str) -> None:
             f"'--set {override}' is not of the form section.key=value.",
             "For example: --set train.epochs=400.",
         )
+    if key == "extends":
+        raise UserError(
+            "A recipe extends another by what stands in its file, not by --set.",
+            f"For example: --recipe {text or 'base'}.",
+        )
     *sections, last = key.split(".")
     place = values
     for section in sections:
@@ -228,7 +234,7 @@ def _apply_override(values: dict[str, Any], override: str) -> None:
             )
     try:
         value = yaml.load(text, PlainValues)
-    except (yaml.YAMLError, ValueError) as error:
+    except (yaml.YAMLError, *OF_A_TAG) as error:
         why = getattr(error, "problem", None) or error
         raise UserError(
             f"'--set {override}': '{text}' is not a YAML value: {why}.", "Mend it, or quote it for your shell."

@@ -107,8 +107,8 @@ class TarImages(ArchiveImages):
             )
         if lost:
             log.warning(
-                f"{len(lost)} links of '{printable(str(path))}' lead to nothing in it and are left out, "
-                f"'{printable(lost[0])}' for one"
+                f"{len(lost)} links of '{printable(str(path))}' lead to nothing in it and are left out, files or whole "
+                f"classes: {printable(', '.join(lost[:10]))}{', ...' if len(lost) > 10 else ''}"
             )
         super().__init__(path, [*self._places, *lost, *contents.folders])
         self._descriptor = os.open(path, os.O_RDONLY)

@@ -179,7 +179,8 @@ def dry_run_plan(
     require_reference(config, reference, measure)
     warn_of_unused_weights(config, tokenizer_weights)
     if data is None:
-        check_new_run(config)
+        if not RunDir(out).exists():
+            check_new_run(config)
         return make_plan(config, world_size, config.data.num_images)
     check_looks(config, tokenizer_weights, reference, measure)
     if init_from is not None and parse_hub_name(init_from) is None:

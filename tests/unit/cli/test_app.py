@@ -63,7 +63,7 @@ def test_a_table_shows_brackets_and_colons_as_they_are(capsys):
 
 
 @pytest.mark.parametrize("buffered", [True, False])
-@pytest.mark.parametrize("command", ["list", "show tiny"])
+@pytest.mark.parametrize("command", ["list", "show tiny", "--help"])
 @pytest.mark.parametrize(
     ("stdout", "code", "words"),
     [(">&-", 0, ""), (">/dev/full", 1, "error: The result cannot be printed: No space left on device.\n  next: ")],

@@ -361,6 +361,22 @@ def test_extends_misspelt_is_offered(tmp_path):
         load_recipe(str(path))
 
 
+def test_a_recipe_does_not_extend_another_by_set():
+    with pytest.raises(UserError, match="by what stands in its file") as caught:
+        load_recipe("tiny", ["extends=base"])
+    assert caught.value.next_step == "For example: --recipe base."
+
+
+@pytest.mark.parametrize("value", ["!!bool foo", "!!timestamp foo", "!!int foo", "!!no foo"])
+def test_a_value_that_its_tag_does_not_allow(tmp_path, value):
+    with pytest.raises(UserError, match="is not a YAML value"):
+        load_recipe("tiny", [f"name={value}"])
+    path = tmp_path / "mine.yaml"
+    path.write_text(f"extends: tiny\nname: {value}\n")
+    with pytest.raises(UserError, match="is not valid YAML"):
+        load_recipe(str(path))
+
+
 def test_validate_names_its_source():
     with pytest.raises(UserError, match=r"^my\.yaml has"):
         validate({}, "my.yaml")

@@ -11,6 +11,7 @@ from xar_cli.data.latents import LatentReader
 from xar_cli.errors import UserError
 from xar_cli.logs import MetricsWriter, read_metrics
 from xar_cli.run_dir import RunDir
+from xar_cli.train.loop import dry_run_plan
 from xar_cli.train.run import HARMLESS, STEERING, check_run, config_differences, cut_records, open_run
 
 PLAN = {"total_steps": 10}
@@ -62,6 +63,9 @@ def test_a_run_that_began_so_goes_on(tmp_path, reader, overrides):
     open_run(before, config, tmp_path / "latents.h5", reader, PLAN)
     assert load_config_file(before.config) == config
     assert check_run(before.root, config, 0) == before
+    assert dry_run_plan(config, None, before.root, 1).total_steps
+    with pytest.raises(UserError, match="1 fault"):
+        dry_run_plan(config, None, tmp_path / "new", 1)
 
 
 def test_differences_are_listed(run):
