@@ -125,7 +125,10 @@ def same_as_folder(folder, tmp_path):
 def test_links_that_are_no_images_may_lead_nowhere(folder, tmp_path, caplog, name, target):
     link(folder, target, name)
     same_as_folder(folder, tmp_path)
-    assert f"1 links of '{tmp_path / 'x.tar'}' lead to nothing in it and are left out, files or whole classes: {name}\n" in caplog.text
+    assert (
+        f"1 links of '{tmp_path / 'x.tar'}' lead to nothing in it and are left out, files or whole classes: {name}\n"
+        in caplog.text
+    )
 
 
 def test_a_class_that_is_such_a_link_alone_is_refused_as_in_a_folder(folder, tmp_path):
