@@ -11,6 +11,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import torch
 from PIL import Image, ImageDraw, ImageFont
 from safetensors.torch import save_file
 
@@ -35,6 +36,7 @@ RUN, LATENTS, SAMPLES, DIGITS = "run", "latents.h5", "samples", "digits"
 MAX_MINUTES = 10_000
 GRID_COLUMNS = 8  # digits of each class in the picture, generated and real
 SHARE_OF_TRAINING = 0.7  # of the minutes given; sampling and judging need the rest
+ENOUGH = 0.25  # of the recipe's epochs, for digits that can be read
 CAPTION_PIXELS = 24
 DIGIT_PIXELS = 64
 
@@ -122,12 +124,32 @@ def shorten_to_fit(config: Config, cache: Path, device: str, seconds: float) -> 
     A few steps are timed once. From then on the length is a fact of the run like any other, and resuming keeps it.
     """
     plan = make_plan(config, 1, config.data.num_images)
-    steps = int(seconds / seconds_per_step(config, cache, device))
+    steps = int(seconds / fastest_step(config, cache, device))
     if steps >= plan.total_steps:
         return config
     epochs = max(1, steps * plan.global_batch_size // plan.num_images)
     log.info("This machine fits %d of the recipe's %g epochs into the time given.", epochs, config.train.epochs)
+    if epochs < ENOUGH * config.train.epochs:
+        log.warning("That is too few for good digits: give more --minutes, or stop other work on this machine.")
     return override(config, [f"train.epochs={epochs}"])
+
+
+def fastest_step(config: Config, cache: Path, device: str) -> float:
+    """Seconds of a training step, on as many threads of the CPU as make it fastest; these stay set.
+
+    Threads that share a product wait for each other by spinning, so beside other work one alone may be ten times as
+    fast as two.
+    """
+    together, threads = seconds_per_step(config, cache, device), torch.get_num_threads()
+    if threads == 1 or pick_device(device).type != "cpu":
+        return together
+    torch.set_num_threads(1)
+    alone = seconds_per_step(config, cache, device)
+    if alone > together:
+        torch.set_num_threads(threads)
+        return together
+    log.info("One thread is used, which is %.1f times as fast here as %d together.", together / alone, threads)
+    return alone
 
 
 def draw(config: Config, weights: Path, out: Path, seed: int, device: str) -> Path:
