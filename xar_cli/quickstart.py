@@ -36,6 +36,7 @@ RUN, LATENTS, SAMPLES, DIGITS = "run", "latents.h5", "samples", "digits"
 MAX_MINUTES = 10_000
 GRID_COLUMNS = 8  # digits of each class in the picture, generated and real
 SHARE_OF_TRAINING = 0.7  # of the minutes given; sampling and judging need the rest
+SHARE_OF_WATCHING, WATCH_SECONDS = 0.1, 6.0  # of the time for training, and at most: to find how long a step takes
 ENOUGH = 0.25  # of the recipe's epochs, for digits that can be read
 CAPTION_PIXELS = 24
 DIGIT_PIXELS = 64
@@ -124,7 +125,7 @@ def shorten_to_fit(config: Config, cache: Path, device: str, seconds: float) -> 
     A few steps are timed once. From then on the length is a fact of the run like any other, and resuming keeps it.
     """
     plan = make_plan(config, 1, config.data.num_images)
-    steps = int(seconds / fastest_step(config, cache, device))
+    steps = int(seconds / fastest_step(config, cache, device, min(WATCH_SECONDS, seconds * SHARE_OF_WATCHING)))
     if steps >= plan.total_steps:
         return config
     epochs = max(1, steps * plan.global_batch_size // plan.num_images)
@@ -134,17 +135,17 @@ def shorten_to_fit(config: Config, cache: Path, device: str, seconds: float) -> 
     return override(config, [f"train.epochs={epochs}"])
 
 
-def fastest_step(config: Config, cache: Path, device: str) -> float:
+def fastest_step(config: Config, cache: Path, device: str, watch_seconds: float) -> float:
     """Seconds of a training step, on as many threads of the CPU as make it fastest; these stay set.
 
     Threads that share a product wait for each other by spinning, so beside other work one alone may be ten times as
     fast as two.
     """
-    together, threads = seconds_per_step(config, cache, device), torch.get_num_threads()
+    together, threads = seconds_per_step(config, cache, device, watch_seconds), torch.get_num_threads()
     if threads == 1 or pick_device(device).type != "cpu":
         return together
     torch.set_num_threads(1)
-    alone = seconds_per_step(config, cache, device)
+    alone = seconds_per_step(config, cache, device, watch_seconds)
     if alone > together:
         torch.set_num_threads(threads)
         return together

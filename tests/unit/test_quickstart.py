@@ -15,7 +15,7 @@ def test_threads_that_hinder_each_other_are_not_used(monkeypatch, together, alon
     monkeypatch.setattr(quickstart.torch, "get_num_threads", lambda: now[0])
     monkeypatch.setattr(quickstart.torch, "set_num_threads", lambda count: now.__setitem__(0, count))
     monkeypatch.setattr(quickstart, "seconds_per_step", lambda *_: together if now[0] > 1 else alone)
-    assert quickstart.fastest_step(load_recipe("tiny"), None, "cpu") == min(together, alone)
+    assert quickstart.fastest_step(load_recipe("tiny"), None, "cpu", 1.0) == min(together, alone)
     assert now == [threads]
 
 

@@ -200,7 +200,7 @@ def dry_run_plan(
     return replace(plan, device_bytes=memory_of_rank(picked, ranks_here))
 
 
-def seconds_per_step(config: Config, data: Path, device: str, watch_seconds: float = 6.0) -> float:
+def seconds_per_step(config: Config, data: Path, device: str, watch_seconds: float) -> float:
     """The time of an optimizer step on this machine, measured on a state that is thrown away.
 
     The first steps warm up and do not count; of the others, made for `watch_seconds`, the lower quartile: other work
