@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import cast
 
 from xar_cli.errors import UserError
-from xar_cli.run_dir import is_there
+from xar_cli.run_dir import require_possible
 
 _NAME = re.compile(r"hf:/{1,2}(?P<repo>[^/@]+/[^/@]+)/(?P<file>[^@]+)(?:@(?P<revision>.+))?")
 _REPO = re.compile(r"[\w.-]+/[\w.-]+")
@@ -107,7 +107,7 @@ def local_file(source: str | Path) -> Path:
     if file is not None:
         return fetch(file)
     path = Path(source)
-    is_there(path)
+    require_possible(path)
     return path
 
 

@@ -262,11 +262,11 @@ def _launch(stage: str, settings: Section, options: LaunchOptions) -> Mapping[st
             results = elastic_launch(config, _worker)(stage, target, str(folder), os.getpid())
         except ChildFailedError as error:
             _raise_user_error(folder)
-            if (folder / ABSENCE_FILE).exists():
-                for local_rank, traceback in _crashes(folder / LOGS)[:1]:  # it is why the others missed that rank
-                    log.error("Rank %d of this machine failed:\n%s", local_rank, traceback)
-                    raise SystemExit(1) from None
-                _raise_user_error(folder, ABSENCE_FILE)
+            crash = _crash(folder / LOGS) if (folder / ABSENCE_FILE).exists() else None
+            if crash is not None:  # it is why the others missed that rank
+                log.error("Rank %d of this machine failed:\n%s", *crash)
+                raise SystemExit(1) from None
+            _raise_user_error(folder, ABSENCE_FILE)
             rank, failure = error.get_first_failure()
             log.error("Rank %s failed:\n%s", rank, _traceback(failure.message))
             raise SystemExit(exit_code(failure.exitcode)) from None
@@ -344,11 +344,11 @@ def _traceback(message: Any) -> str:
     return str(details.get("py_callstack", message)).rstrip()
 
 
-def _crashes(logs: Path) -> list[tuple[int, str]]:
-    """Rank of this machine and traceback of each that failed in the last attempt, as torch's launcher keeps them."""
+def _crash(logs: Path) -> tuple[int, str] | None:
+    """Local rank and traceback of the first rank that failed in the last attempt, as torch's launcher keeps them."""
     attempts = sorted(logs.glob("*/attempt_*"), key=lambda folder: int(folder.name.rpartition("_")[2]))
     files = sorted(attempts[-1].glob("*/error.json")) if attempts else []
-    return [(int(file.parent.name), _traceback(json.loads(file.read_text())["message"])) for file in files]
+    return (int(files[0].parent.name), _traceback(json.loads(files[0].read_text())["message"])) if files else None
 
 
 def exit_code(code: int) -> int:

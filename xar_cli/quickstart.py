@@ -122,7 +122,8 @@ def paths_in(out: Path) -> dict[str, str]:
 def shorten_to_fit(config: Config, cache: Path, device: str, seconds: float) -> Config:
     """The config with as many epochs as fit into `seconds` on this machine, the recipe's own number at most.
 
-    A few steps are timed once. From then on the length is a fact of the run like any other, and resuming keeps it.
+    A few steps are timed when the run begins. From then on the length is a fact of the run like any other, and resuming
+    keeps it.
     """
     plan = make_plan(config, 1, config.data.num_images)
     steps = int(seconds / fastest_step(config, cache, device, min(WATCH_SECONDS, seconds * SHARE_OF_WATCHING)))

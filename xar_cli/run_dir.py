@@ -110,7 +110,7 @@ class RunDir:
 
     def exists(self) -> bool:
         """Whether a run has been started here; raises UserError as `is_there`."""
-        return is_there(self.root) and is_there(self.config) and self.config.is_file()
+        return is_there(self.root) and is_file(self.config)
 
     def require(self) -> RunDir:
         """This run folder, or a UserError where there is none."""
@@ -135,6 +135,16 @@ def is_there(path: Path) -> bool:
     except OSError as error:
         raise UserError(f"'{path}' cannot be opened: {error.strerror}.", "Check the path.") from None
     return True
+
+
+def is_file(path: Path) -> bool:
+    """Whether there is a file at a path; raises UserError as `is_there`."""
+    return is_there(path) and path.is_file()
+
+
+def require_possible(path: Path) -> None:
+    """Raise a UserError where nothing can be read or written at a path, whether something is there or not."""
+    is_there(path)
 
 
 def step_of(checkpoint: Path) -> int:

@@ -1,6 +1,7 @@
 """The one schema of a recipe: what is chosen stands here as a field, what follows from it as a property.
 
-Owns every fact about grid, entities, channels and classes. Reads no file (recipes.py does) and knows no tensor.
+Owns every fact about grid, entities, channels and classes, and what fits together, in a recipe and in a new run. Reads
+no file (recipes.py does) and knows no tensor.
 """
 
 from __future__ import annotations

@@ -27,7 +27,7 @@ from xar_cli.data.images import (
 )
 from xar_cli.errors import UserError
 from xar_cli.logs import log
-from xar_cli.run_dir import is_there
+from xar_cli.run_dir import is_file
 
 ARCHIVE_SUFFIXES = (".tar", ".zip")
 COMPRESSED_TARS = (".tgz", ".tbz", ".tbz2", ".txz", ".tzst")  # besides .tar.gz and its kin
@@ -38,7 +38,7 @@ MAX_FILE_BYTES = 1 << 30  # a compressed member that unpacks to more is a bomb, 
 def is_archive(path: Path) -> bool:
     """Whether a path is a file that this module reads, or one that it explains why not (.tar.gz)."""
     known = path.suffix.lower() in (*ARCHIVE_SUFFIXES, *COMPRESSED_TARS) or ".tar" in path.suffixes
-    return known and is_there(path) and path.is_file()
+    return known and is_file(path)
 
 
 def open_archive(path: Path) -> ArchiveImages:
@@ -110,7 +110,7 @@ class TarImages(ArchiveImages):
                 f"{len(lost)} links of '{printable(str(path))}' lead to nothing in it and are left out, files or whole "
                 f"classes: {printable(', '.join(lost[:10]))}{', ...' if len(lost) > 10 else ''}"
             )
-        super().__init__(path, [*self._places, *lost, *contents.folders])
+        super().__init__(path, [*self._places, *lost, *contents.folders])  # lost ones as files: their class is seen
         self._descriptor = os.open(path, os.O_RDONLY)
 
     def _read(self, name: str, shown: str) -> bytes:

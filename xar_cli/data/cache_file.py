@@ -24,7 +24,7 @@ import numpy as np
 
 from xar_cli.config.schema import Sides, square_or_pair
 from xar_cli.errors import UserError
-from xar_cli.run_dir import is_there, require_writable
+from xar_cli.run_dir import is_file, require_writable
 
 FORMAT = "xar-latents"
 FORMAT_VERSION = 1
@@ -235,7 +235,7 @@ class CacheFile:
 
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
-        if not is_there(self.path) or not self.path.is_file():
+        if not is_file(self.path):
             raise UserError(
                 f"There is no latent cache '{path}'.", "Make it with `xar cache-latents`, or check the path."
             )

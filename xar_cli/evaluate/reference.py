@@ -21,7 +21,7 @@ from xar_cli.evaluate.frechet import Gaussian
 from xar_cli.evaluate.images import ArrayImages, ImageSet, manifest_of_npz, open_images, read_npz
 from xar_cli.evaluate.networks import INCEPTION, FeatureNetwork
 from xar_cli.hub import sha256_of
-from xar_cli.run_dir import is_there, write_atomic
+from xar_cli.run_dir import is_file, write_atomic
 
 STATISTICS_FORMAT = "xar-statistics"
 STATISTICS_VERSION = 1
@@ -97,7 +97,7 @@ def open_reference(source: Path | ImageSet | Reference, image_size: Sides | None
     """
     if isinstance(source, Reference):
         return source
-    if isinstance(source, Path) and source.suffix == ".npz" and is_there(source) and source.is_file():
+    if isinstance(source, Path) and source.suffix == ".npz" and is_file(source):
         return _open_npz(source)
     images = open_images(source, image_size)
     _require_real(images.name, images.generated or images.manifest is not None)

@@ -15,7 +15,7 @@ from xar_cli.evaluate.protocols import PROTOCOLS, pick_protocol, pick_protocols
 from xar_cli.evaluate.reference import open_reference
 from xar_cli.evaluate.report import facts_of_sampling, write_report
 from xar_cli.evaluate.weights import PUBLISHED, find_weights
-from xar_cli.run_dir import is_there, require_writable
+from xar_cli.run_dir import require_possible, require_writable
 
 REPORT_BYTES = 20_000_000
 
@@ -71,7 +71,7 @@ def fid(settings: FidSettings) -> dict[str, Any]:
 def statistics(settings: StatisticsSettings) -> dict[str, Any]:
     """Write a statistics file; returns what `--json` prints."""
     pick_protocol(settings.protocol)
-    is_there(settings.out)  # or its name can be none
+    require_possible(settings.out)
     require_writable(settings.out.parent, 1 << 27, "the statistics")
     with process_group(settings.device) as ranks:
         origin = make_statistics(

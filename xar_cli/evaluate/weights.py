@@ -18,7 +18,7 @@ import torch
 from xar_cli.errors import UserError
 from xar_cli.hub import sha256_of
 from xar_cli.logs import log
-from xar_cli.run_dir import format_bytes, is_there, require_writable
+from xar_cli.run_dir import format_bytes, is_file, require_writable
 
 
 @dataclass(frozen=True)
@@ -97,7 +97,7 @@ def find_weights(network: str, given: Sequence[Path] = (), download: bool = Fals
     """
     file = PUBLISHED[network]
     for path in given:
-        if not is_there(path) or not path.is_file():
+        if not is_file(path):
             raise UserError(f"There is no weights file '{path}'.", f"Check {file.option}.")
         if is_torchscript(path) == file.torchscript:
             digest = sha256_of(path)

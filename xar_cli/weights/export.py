@@ -16,7 +16,7 @@ from safetensors.torch import save_file
 from xar_cli.config.schema import Config
 from xar_cli.data.imagenet import imagenet_names
 from xar_cli.errors import UserError
-from xar_cli.run_dir import is_there, require_writable
+from xar_cli.run_dir import require_possible, require_writable
 from xar_cli.tensor_files import State
 from xar_cli.weights.files import FORMAT, VERSION, WeightsFile
 from xar_cli.weights.fit import Layout
@@ -44,7 +44,7 @@ def export_weights(weights: WeightsFile, out: Path, layout: Layout | None = None
     layout = layout or ("published" if out.suffix == ".pth" else "xar")
     if out.suffix == ".pth" and layout == "xar":
         raise UserError("A .pth file has no room for the recipe.", "Write our layout to a .safetensors file.")
-    is_there(out)  # or its name can be none
+    require_possible(out)
     require_writable(out.parent, sum(tensor.nbytes for tensor in weights.state.values()), "the weights")
     state = as_layout(weights, layout)
     if out.suffix == ".pth":
