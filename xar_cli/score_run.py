@@ -32,6 +32,7 @@ from xar_cli.sample.request import build_settings, sampling_overrides
 from xar_cli.sample.settings import SampleSettings
 from xar_cli.sample.stage import batches, draw_images, expect_images, load_codec, load_network
 from xar_cli.weights import open_weights
+from xar_cli.weights.ranks import open_on_all
 
 
 class RunSettings(Section):
@@ -159,8 +160,7 @@ class _Source:
         if self.sampling.count < 2:
             raise UserError("One image is no distribution.", "Give a larger --count.")
         self.codec = load_codec(self.sampling, ranks.device)
-        self._weights = open_weights(run.root, config)
-        self.weights_sha256 = self._weights.sha256
+        self._weights, self.weights_sha256 = open_on_all(str(run.root), lambda file: open_weights(file, config), ranks)
 
     @cached_property
     def network(self) -> SamplingNetwork:

@@ -49,7 +49,10 @@ def said(data, folder):
             f"{parallel} resumed": job("", spread, out=f"{parallel} cut"),
         }
     for name, source in {"unlike": folder / "ddp", "missing": folder / "nowhere"}.items():
-        starts = {"0": {"init_from": str(folder / "fsdp")}, "1": {"init_from": str(source)}}
+        starts = {
+            "0": {"init_from": str(folder / "fsdp" / "checkpoints" / "step-00000010" / "ema-0.9.safetensors")},
+            "1": {"init_from": str(source)},
+        }
         jobs[f"{name} starts"] = job(f"{name} starts", *PLAIN, rank_more=starts, machine_each=True)
     jobs["two then one"] = job("two then one", *PLAIN, fail_at=6)
     jobs["unlike recipes"] = job("unlike", rank_overrides={"1": ["train.base_lr=0.5"]})

@@ -416,9 +416,12 @@ def test_every_process_takes_its_part_of_what_is_missing(capsys, weights, tmp_pa
         def on_main(self, compute):
             return compute()
 
+        def gather(self, value):
+            return [value] * 2
+
     @contextmanager
     def pair(device):
-        yield Pair(rank, rank, 2, torch.device("cpu"))
+        yield Pair(rank, 0, 2, torch.device("cpu"))
 
     out, taken = tmp_path / "s", []
     sample(capsys, *weights, "--count", 20, "--out", out)

@@ -36,6 +36,7 @@ from xar_cli.stopping import stop_between_pieces
 from xar_cli.tokenizer import Codec, load_tokenizer
 from xar_cli.tokenizer.codec import to_uint8
 from xar_cli.weights import open_weights
+from xar_cli.weights.ranks import open_on_all
 
 __all__ = ["MANIFEST", "SampleSettings", "describe_settings", "draw_images", "make_manifest", "sample"]
 
@@ -51,9 +52,14 @@ def sample(settings: SampleSettings) -> dict[str, Any]:
             that are not finite, damaged ones where a packed file or a grid reads them.
     """
     with process_group(settings.device) as ranks:
-        weights = open_weights(settings.weights, settings.config, ema=settings.ema)
+        weights, sha256 = open_on_all(
+            settings.weights,
+            lambda file: open_weights(file, settings.config, ema=settings.ema),
+            ranks,
+            ema=settings.ema,
+        )
         codec = load_codec(settings, ranks.device)
-        manifest = make_manifest(settings, weights.sha256, codec.tokenizer.identity)
+        manifest = make_manifest(settings, sha256, codec.tokenizer.identity)
         missing = ranks.on_main(lambda: _open_out(settings, manifest))  # one list for all, before anybody writes
         mine = missing[ranks.rank :: ranks.world_size]
         seconds = slowest = 0.0

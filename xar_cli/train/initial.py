@@ -17,6 +17,7 @@ from xar_cli.model.entities import build_grouping, places_in
 from xar_cli.train.state import TrainState
 from xar_cli.weights import WeightsFile, open_weights
 from xar_cli.weights.fit import facts_of, network_of_config, require_equal
+from xar_cli.weights.ranks import open_on_all
 
 CLASS_TABLE = "class_embedding.weight"
 POSITIONS = ("pos_encoder", "pos_decoder")  # (1, N, D), in the order of the sequence
@@ -42,12 +43,7 @@ def init_from(state: TrainState, source: str, class_names: Sequence[str], ranks:
         UserError: no such source, another network than the recipe's, or not the same file on all ranks.
     """
     config = state.config
-    found = ranks.on_all(lambda: open_start(source, config))
-    hashes = ranks.gather(ranks.on_all(lambda: _hash(found) if ranks.local_rank == 0 else None))  # once on a machine
-    if len({digest for digest in hashes if digest}) > 1:
-        raise UserError(
-            f"'{source}' is not the same file on all ranks.", "Give all machines the same one; of a hub, a @revision."
-        )
+    found, sha256 = open_on_all(source, lambda file: open_start(file, config), ranks)
     theirs = dict(found.load("cpu").named_parameters())
     table = fresh_class_table(config)
     kept = matching_classes(config, found.config, class_names, found.class_names)
@@ -64,14 +60,7 @@ def init_from(state: TrainState, source: str, class_names: Sequence[str], ranks:
         assign(parameter, tensor)
         for decay in config.train.ema_decays:
             assign(state.averages.tensors(decay)[name], tensor)
-    return {"source": source_name(source), "file": str(found.path.absolute()), "sha256": hashes[0]}
-
-
-def _hash(found: WeightsFile) -> str:
-    try:
-        return found.sha256
-    except OSError as error:
-        raise UserError(f"'{found.path}' cannot be read: {error.strerror}.", "Check the disk.", exit_code=1) from None
+    return {"source": source_name(source), "file": str(found.path.absolute()), "sha256": sha256}
 
 
 def open_start(source: str, config: Config) -> WeightsFile:

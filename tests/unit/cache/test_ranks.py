@@ -1,62 +1,26 @@
 """Shares of the work: whole, even, and free to change on resume. Real processes: tests/integration."""
 
-import threading
 from collections import namedtuple
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
-import torch
 
 from tests.caches import make_images, pixel_recipe
+from tests.thread_ranks import thread_ranks
 from xar_cli.cache import CacheSettings, stage
 from xar_cli.cache.stage import run_cache, share_of_blocks, summarize
 from xar_cli.data.cache_file import CacheFile
 from xar_cli.data.latents import LatentReader, LatentWriter
-from xar_cli.distributed import Ranks
 from xar_cli.errors import UserError
 
 NUM = 30
 RECIPE = pixel_recipe("data.num_classes=3")
 
 
-class ThreadRanks(Ranks):
-    """Ranks that are threads of this process."""
-
-    meeting: threading.Barrier
-    told: list  # by rank 0: what it computed, and the error that it met
-
-    def barrier(self) -> None:
-        """Wait for the other threads."""
-        self.meeting.wait(timeout=60)
-
-    def on_main(self, compute):
-        """What `compute` gives on rank 0; a UserError there is raised in all threads."""
-        if self.is_main:
-            try:
-                self.told[:] = compute(), None
-            except UserError as error:
-                self.told[:] = None, error
-        self.barrier()
-        value, error = self.told
-        self.barrier()  # all have heard it before rank 0 tells something else
-        if error is not None:
-            raise error
-        return value
-
-
 @pytest.fixture(scope="module")
 def images(tmp_path_factory):
     return make_images(tmp_path_factory.mktemp("ranks") / "images", 3, NUM // 3)
-
-
-def thread_ranks(world_size):
-    meeting, told = threading.Barrier(world_size), [None, None]
-    ranks = [ThreadRanks(rank, rank, world_size, torch.device("cpu")) for rank in range(world_size)]
-    for one in ranks:
-        object.__setattr__(one, "meeting", meeting)
-        object.__setattr__(one, "told", told)
-    return ranks
 
 
 def refusals(images, out, world_size=2):
