@@ -24,6 +24,7 @@ class FakeHub:
 
     Attributes:
         files: content by (repository, revision, path).
+        private: repositories that were made so.
         requests: every request as (method, path, value of the Range header), in order.
         cut_after: if set, the next GET of a file is cut off after this many bytes.
         address: its URL.
@@ -32,6 +33,7 @@ class FakeHub:
     def __init__(self) -> None:
         self.files: dict[tuple[str, str, str], bytes] = {}
         self.uploads: dict[str, bytes] = {}
+        self.private: set[str] = set()
         self.requests: list[tuple[str, str, str | None]] = []
         self.cut_after: int | None = None
         self.address = ""
@@ -98,6 +100,8 @@ class _Handler(BaseHTTPRequestHandler):
         if self.path == "/api/repos/create":
             wanted = json.loads(content)
             repo = f"{wanted['organization'] or 'me'}/{wanted['name']}"
+            if wanted.get("private") or wanted.get("visibility") == "private":
+                self.hub.private.add(repo)
             self._json({"url": f"{self.hub.address}/{repo}"})
         elif self.path == "/api/validate-yaml":
             self._json({"errors": [], "warnings": []})

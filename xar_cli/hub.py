@@ -7,6 +7,7 @@ HF_HUB_OFFLINE. A file is fetched only where a person names it; nothing is fetch
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import re
 from collections.abc import Iterator
@@ -16,11 +17,15 @@ from pathlib import Path
 from typing import cast
 
 from xar_cli.errors import UserError
-from xar_cli.run_dir import require_possible
+from xar_cli.run_dir import require_possible, require_writable
 
 _NAME = re.compile(r"hf:/{1,2}(?P<repo>[^/@]+/[^/@]+)/(?P<file>[^@]+)(?:@(?P<revision>.+))?")
 _REPO = re.compile(r"[\w.-]+/[\w.-]+")
 _SHA256 = re.compile(r"[0-9a-f]{64}")
+_DISK_FAULTS = {  # of the disk that holds the cache, not of the network
+    errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO, errno.ENOTDIR,
+    errno.EEXIST, errno.EISDIR,
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -49,13 +54,11 @@ class PublishedFile:
         file: where they lie.
         megabytes: about how large they are, from the number of parameters.
         licence: what is known of the terms.
-        sha256: of the file, where a trusted source states it; else the hub's own record is compared.
     """
 
     file: HubFile
     megabytes: int
     licence: str
-    sha256: str | None = None
 
 
 _NO_LICENCE = "none stated: the authors published neither code nor weights under a licence"
@@ -83,7 +86,7 @@ def parse_hub_name(source: str | Path) -> HubFile | None:
     if not text.startswith("hf:/"):
         return None
     match = _NAME.fullmatch(text)
-    if match is None:
+    if match is None or {"", ".", ".."} & set(match["file"].split("/")):
         raise UserError(
             f"'{text}' is not a file on the hub.",
             "Write it as hf://owner/repo/file, with @revision if need be.",
@@ -137,6 +140,19 @@ def cached(file: HubFile) -> Path | None:
     return Path(path) if isinstance(path, str) else None
 
 
+def require_room(size: int) -> None:
+    """Raise a UserError unless the hub's cache can take a file of so many bytes."""
+    from huggingface_hub.constants import HF_HUB_CACHE
+
+    require_writable(Path(HF_HUB_CACHE), size, "the hub's cache (HF_HOME)")
+
+
+def recorded_sha256(path: Path) -> str | None:
+    """The sha256 that the hub stated when a file was fetched; the cache names large files by it, others not: None."""
+    name = path.resolve().name
+    return name if _SHA256.fullmatch(name) else None
+
+
 def keep_if_sound(path: Path, expected: str) -> None:
     """Remove a file of the hub's cache that has not the expected sha256; a UserError (exit code 1) says so."""
     found = sha256_of(path)
@@ -165,15 +181,20 @@ def require_repo_name(repo: str) -> None:
         raise UserError(f"'{repo}' is not a repository on the hub.", "Write it as owner/name.")
 
 
-def upload(folder: Path, repo: str, private: bool, message: str) -> str:
-    """Put a folder's files in a model repository, made where it does not exist; returns its address."""
+def open_repo(repo: str, private: bool) -> str:
+    """Make a model repository where it does not exist; returns its address. Fails where one may not write there."""
     from huggingface_hub import HfApi
 
-    api = HfApi()
     with _hub_errors(f"hf://{repo}"):
-        address = api.create_repo(repo, private=private, exist_ok=True)
-        api.upload_folder(repo_id=repo, folder_path=folder, commit_message=message)
-    return str(address)
+        return str(HfApi().create_repo(repo, private=private, exist_ok=True))
+
+
+def upload(folder: Path, repo: str, message: str) -> None:
+    """Put a folder's files in a model repository."""
+    from huggingface_hub import HfApi
+
+    with _hub_errors(f"hf://{repo}"):
+        HfApi().upload_folder(repo_id=repo, folder_path=folder, commit_message=message)
 
 
 @contextmanager
@@ -217,6 +238,13 @@ def _hub_errors(what: str) -> Iterator[None]:
     except HFValidationError as error:
         raise UserError(f"'{what}' is not a valid name on the hub: {error}.", "Write it as owner/name.") from None
     except failures as error:
+        if isinstance(error, OSError) and error.errno in _DISK_FAULTS:
+            where = f" at '{error.filename}'" if error.filename else ""
+            raise UserError(
+                f"The disk failed{where} while '{what}' was exchanged with the hub: {error.strerror}.",
+                "Free some space, or set HF_HOME to a folder that can be written.",
+                exit_code=1,
+            ) from None
         line = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise UserError(
             f"The exchange with the hub about '{what}' failed: {line}.",

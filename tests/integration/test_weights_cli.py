@@ -149,6 +149,15 @@ def test_a_download_that_is_not_agreed_to_is_none(xar, monkeypatch):
     assert err.endswith("Not downloaded.\n")
 
 
+def test_a_download_that_the_disk_has_no_room_for_is_refused_first(xar, monkeypatch, tmp_path):
+    monkeypatch.setattr("xar_cli.hub.remote_facts", lambda *_: (10**18, None))
+    monkeypatch.setattr("xar_cli.hub.cached", lambda *_: None)
+    monkeypatch.setattr("xar_cli.hub.fetch", lambda *_: pytest.fail("fetched all the same"))
+    code, _, err = xar("weights", "download", "base", "--yes")
+    assert code == 2
+    assert "Not enough disk space for the hub's cache (HF_HOME)" in " ".join(err.split())
+
+
 def test_download_refuses_what_is_not_what_the_hub_records(hub, tmp_path):
     file = PUBLISHED["base"].file
     hub.add(file.repo, file.filename, b"the weights of base")
@@ -168,6 +177,10 @@ def test_a_download_that_is_there_needs_no_hub(hub, tmp_path):
     offline = xar_process(hub, tmp_path, "weights", "download", "base", "--yes", HF_HUB_OFFLINE="1")
     assert offline.returncode == 0, offline.stderr
     assert offline.stdout == first.stdout
+    Path(first.stdout.strip()).write_bytes(b"the weights 0f base")
+    damaged = xar_process(hub, tmp_path, "weights", "download", "base", "--yes", HF_HUB_OFFLINE="1")
+    assert damaged.returncode == 1
+    assert "was damaged" in damaged.stderr
 
 
 def test_a_pushed_run_can_be_used_by_its_name_on_the_hub(hub, run_folder, tmp_path):
@@ -175,8 +188,10 @@ def test_a_pushed_run_can_be_used_by_its_name_on_the_hub(hub, run_folder, tmp_pa
     metrics = {"fid": {"name": "FID", "value": 2.5, "error": None}}
     measured = {"samples": {"count": 50000}, "reference": {"name": "r256", "sha256": "ab" * 32}}
     results.write_text(json.dumps({**measured, "protocols": {"adm": {"metrics": metrics}}}))
-    pushed = xar_process(hub, tmp_path / "a", "weights", "push", run_folder, "me/mine", "--results", results, "--json")
+    push = ("weights", "push", run_folder, "me/mine", "--results", results, "--json", "--private")
+    pushed = xar_process(hub, tmp_path / "a", *push)
     assert pushed.returncode == 0, pushed.stderr
+    assert hub.private == {"me/mine"}
     assert json.loads(pushed.stdout)["address"] == f"{hub.address}/me/mine"
     card = hub.files["me/mine", "main", "README.md"].decode()
     assert "| FID | 2.5 | adm | 50000 | r256 (sha256 abababababab) |" in card

@@ -5,8 +5,10 @@ from __future__ import annotations
 import subprocess
 import sys
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
+from huggingface_hub.utils import GatedRepoError, HFValidationError
 
 from tests.fake_hub import FakeHub, running_hub
 from xar_cli.errors import UserError
@@ -100,6 +102,25 @@ def test_offline_without_a_copy_says_so(hub, tmp_path):
     assert hub.requests == []
 
 
+def test_a_disk_that_takes_no_file_is_not_called_the_network(hub, tmp_path):
+    hub.add("someone/model", "weights.pth", b"weights")
+    (tmp_path / "file").touch()
+    result = fetch(hub, tmp_path / "file" / "cache", "hf://someone/model/weights.pth")
+    assert result.returncode == 1
+    assert f"The disk failed at '{tmp_path / 'file'}" in result.stderr
+    assert "set HF_HOME" in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [(GatedRepoError("no", response=Mock(headers={})), "behind a gate"), (HFValidationError("no"), "not a valid name")],
+)
+def test_what_the_hub_library_refuses_is_a_sentence(monkeypatch, error, said):
+    monkeypatch.setattr("huggingface_hub.hf_hub_download", Mock(side_effect=error))
+    with pytest.raises(UserError, match=said):
+        local_file("hf://a/b/c")
+
+
 def test_names():
     assert parse_hub_name("weights/file.pth") is None
     assert parse_hub_name("hf://a/b/c/d.pth@refs/pr/1") == HubFile("a/b", "c/d.pth", "refs/pr/1")
@@ -110,7 +131,7 @@ def test_names():
     assert parse_hub_name(absolute_source(Path("hf://a/b/c.pth"))) == HubFile("a/b", "c.pth")
 
 
-@pytest.mark.parametrize("name", ["hf://a/b", "hf://a", "hf:///b/c", "hf://a/b/c@"])
+@pytest.mark.parametrize("name", ["hf://a/b", "hf://a", "hf:///b/c", "hf://a/b/c@", "hf://a/b//c", "hf://a/b/../c"])
 def test_bad_names_are_refused(name):
     with pytest.raises(UserError, match="is not a file on the hub"):
         parse_hub_name(name)

@@ -70,7 +70,7 @@ def download(
 ) -> None:
     """Download published weights into the hub's cache: says what they are, asks, prints where they lie."""
     from xar_cli.errors import UserError, did_you_mean
-    from xar_cli.hub import PUBLISHED, cached, fetch, keep_if_sound, remote_facts
+    from xar_cli.hub import PUBLISHED, cached, fetch, keep_if_sound, recorded_sha256, remote_facts, require_room
     from xar_cli.run_dir import format_bytes
 
     if name not in PUBLISHED:
@@ -85,6 +85,8 @@ def download(
     typer.echo(f"source   {published.file}", err=True)
     typer.echo(f"size     {format_bytes(size or published.megabytes * 1e6)}", err=True)
     typer.echo(f"licence  {published.licence}", err=True)
+    if size is not None and cached(published.file) is None:
+        require_room(size)
     if not yes:
         if not sys.stdin.isatty():
             raise UserError("Nobody is here to agree to the download.", "Add --yes.")
@@ -92,10 +94,12 @@ def download(
             typer.echo("Not downloaded.", err=True)
             raise typer.Exit(1)
     path = fetch(published.file)
-    expected = published.sha256 or recorded
+    expected = recorded or recorded_sha256(path)
+    checked = expected is not None
     if expected is not None:
         keep_if_sound(path, expected)
-    checked = expected is not None
+    else:
+        typer.echo("checked  no: the hub cannot be asked for its sha256", err=True)
     typer.echo(json.dumps({"file": str(path), "sha256_checked": checked}) if as_json else str(path))
 
 
@@ -118,7 +122,7 @@ def push(
     """Upload a run's weights with a model card: recipe, results with their protocol, usage."""
     import tempfile
 
-    from xar_cli.hub import require_repo_name, upload
+    from xar_cli.hub import open_repo, require_repo_name, upload
     from xar_cli.weights import open_weights
     from xar_cli.weights.card import model_card, read_results, write_model_folder
 
@@ -129,7 +133,8 @@ def push(
         card = model_card(weights, repo, measured, licence)
         typer.echo(json.dumps({"card": card}) if as_json else card, nl=as_json)
         return
+    address = open_repo(repo, private)  # before anything is written: one may not be logged in
     with tempfile.TemporaryDirectory() as folder:
         write_model_folder(weights, repo, measured, licence, Path(folder))
-        address = upload(Path(folder), repo, private, f"Weights of recipe {weights.config.name}")
+        upload(Path(folder), repo, f"Weights of recipe {weights.config.name}")
     typer.echo(json.dumps({"address": address}) if as_json else address)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import math
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -34,7 +36,7 @@ def read_results(path: Path) -> dict[str, Any]:
     try:
         results = json.loads(path.read_text(encoding="utf-8"))
         _table_rows(results)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (OSError, ValueError, OverflowError, KeyError, TypeError, AttributeError) as error:
         raise UserError(
             f"Cannot read the results '{path}': {type(error).__name__} {error}.",
             "Give a file with the output of `xar fid --json`.",
@@ -57,10 +59,11 @@ def model_card(weights: WeightsFile, repo: str, results: Sequence[Mapping[str, A
         *([f"license: {licence}"] if licence else []),
         "---",
     ]
+    ours = weights.stored is not None and weights.kind != "unstated"
     body = [
         f"# {repo.partition('/')[2]}",
         "",
-        f"An xAR image generator (arXiv 2502.20388), trained with `xar` on {config.data.dataset}: "
+        f"An xAR image generator (arXiv 2502.20388){', trained with `xar`' if ours else ''} on {config.data.dataset}: "
         f"{parameters:.1f} M parameters, {config.data.size_text}, "
         f"{config.data.num_classes} classes, recipe `{config.name}`, entity {entity}.",
         f"The weights are {_KINDS[weights.kind]}" + (f", taken at {', '.join(taken)}." if taken else "."),
@@ -77,7 +80,7 @@ def model_card(weights: WeightsFile, repo: str, results: Sequence[Mapping[str, A
         "## Results",
         *_results_table(results),
     ]
-    if config.published is not None and config.published.fid is not None:
+    if ours and config.published is not None and config.published.fid is not None:
         body += [
             "",
             f"For comparison, the paper's own model of this recipe: FID {config.published.fid} "
@@ -89,7 +92,7 @@ def model_card(weights: WeightsFile, repo: str, results: Sequence[Mapping[str, A
 _KINDS = {
     "ema": "the average over training (EMA)",
     "raw": "the raw ones, not averaged",
-    "unstated": "as published by their authors",
+    "unstated": "as their file has them, which does not say whether they are an average over training",
 }
 
 
@@ -103,14 +106,20 @@ def _results_table(results: Sequence[Mapping[str, Any]]) -> list[str]:
 def _table_rows(result: Mapping[str, Any]) -> list[str]:
     """One row a metric, of the JSON of `xar fid`: value and error, protocol, count, reference with its hash.
 
-    A metric that was not computed (its value is null) has no row.
+    A metric without a number (its value is null, or not finite) has no row.
+
+    Raises:
+        ValueError: the reference has no sha256.
     """
-    reference = f"{Path(result['reference']['name']).name} (sha256 {result['reference']['sha256'][:12]})"
+    sha256 = result["reference"]["sha256"]
+    if not re.fullmatch("[0-9a-f]{64}", sha256):
+        raise ValueError(f"the reference's sha256 is '{sha256}'")
+    reference = f"{Path(result['reference']['name']).name} (sha256 {sha256[:12]})"
     count = int(result["samples"]["count"])
     rows = []
     for protocol, found in result["protocols"].items():
         for metric in found["metrics"].values():
-            if metric["value"] is None:
+            if metric["value"] is None or not math.isfinite(metric["value"]):
                 continue
             error = f" ± {metric['error']:.2g}" if metric.get("error") else ""
             rows.append(f"| {metric['name']} | {metric['value']:.4g}{error} | {protocol} | {count} | {reference} |")

@@ -76,6 +76,13 @@ def test_metrics_that_were_not_computed_have_no_row(tmp_path, run_folder):
     assert "precision" not in card
 
 
+def test_a_card_claims_no_training_that_the_weights_do_not_tell_of(run_folder, bare_file, golden_config):
+    assert "trained with `xar`" in model_card(open_weights(run_folder), "someone/my-xar", [], None)
+    card = model_card(open_weights(bare_file, golden_config), "someone/theirs", [], None)
+    for claim in ("trained with", "by their authors", "not a result of these weights"):
+        assert claim not in card
+
+
 def test_a_card_without_results_says_so_and_claims_no_licence(run_folder):
     card = model_card(open_weights(run_folder), "someone/my-xar", [], None)
     assert "Not measured yet." in card
@@ -96,6 +103,32 @@ def test_results_without_their_protocol_are_refused(tmp_path, missing):
     with pytest.raises(UserError, match=missing) as error:
         read_results(tmp_path / "fid.json")
     assert "xar fid --json" in error.value.next_step
+
+
+def changed(where, value):
+    """The results with one value replaced."""
+    result = json.loads(json.dumps(RESULT))
+    *path, last = where
+    holder = result
+    for key in path:
+        holder = holder[key]
+    holder[last] = value
+    return result
+
+
+@pytest.mark.parametrize("value", ["", "ab", None])
+def test_a_reference_without_a_hash_is_none(tmp_path, value):
+    (tmp_path / "fid.json").write_text(json.dumps(changed(("reference", "sha256"), value)))
+    with pytest.raises(UserError, match="Cannot read the results"):
+        read_results(tmp_path / "fid.json")
+
+
+def test_numbers_that_are_none_are_no_results(tmp_path, run_folder):
+    (tmp_path / "fid.json").write_text(json.dumps(changed(("samples", "count"), float("inf"))))
+    with pytest.raises(UserError, match="Cannot read the results"):
+        read_results(tmp_path / "fid.json")
+    result = changed(("protocols", "adm", "metrics", "fid", "value"), float("nan"))
+    assert "| FID |" not in model_card(open_weights(run_folder), "someone/my-xar", [result], None)
 
 
 @pytest.mark.parametrize("content", ["not json", "[1]", "1"])
