@@ -149,7 +149,7 @@ def test_a_download_that_is_not_agreed_to_is_none(xar, monkeypatch):
     assert err.endswith("Not downloaded.\n")
 
 
-def test_a_download_that_the_disk_has_no_room_for_is_refused_first(xar, monkeypatch, tmp_path):
+def test_a_download_that_the_disk_has_no_room_for_is_refused_first(xar, monkeypatch):
     monkeypatch.setattr("xar_cli.hub.remote_facts", lambda *_: (10**18, None))
     monkeypatch.setattr("xar_cli.hub.cached", lambda *_: None)
     monkeypatch.setattr("xar_cli.hub.fetch", lambda *_: pytest.fail("fetched all the same"))
