@@ -23,7 +23,7 @@ from torch import Tensor
 from xar_cli.distributed import whole_tensor
 from xar_cli.errors import UserError
 from xar_cli.logs import log
-from xar_cli.run_dir import RunDir, step_of
+from xar_cli.run_dir import RunDir, flush, step_of
 
 STATE_FILE = "state.json"
 MEND = "Mend its permissions or its disk, and run the command again."
@@ -74,14 +74,14 @@ def write_checkpoint(run: RunDir, step: int, groups: TensorGroups, state: Mappin
         for group, tensors in groups.items():
             path = temporary / f"{group}.safetensors"
             _save_file(dict(tensors), path)
-            _flush(path)
+            flush(path)
             files[path.name] = {"bytes": path.stat().st_size, "crc32": _crc32(path)}
         path = temporary / STATE_FILE
         path.write_text(json.dumps({"step": step, "files": files, **state}, indent=2) + "\n", encoding="utf-8")
-        _flush(path)
+        flush(path)
         shutil.rmtree(folder, ignore_errors=True)
         os.replace(temporary, folder)
-        _flush(folder.parent)
+        flush(folder.parent)
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
@@ -304,12 +304,3 @@ def _crc32(path: Path) -> int:
         while block := file.read(1 << 24):
             value = zlib.crc32(block, value)
     return value
-
-
-def _flush(path: Path) -> None:
-    """Have the operating system put a file's (or folder's) content on the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
