@@ -23,7 +23,7 @@ from torch import Tensor
 from xar_cli.distributed import whole_tensor
 from xar_cli.errors import UserError
 from xar_cli.logs import log
-from xar_cli.run_dir import RunDir, step_of
+from xar_cli.run_dir import RunDir, flush, step_of
 
 STATE_FILE = "state.json"
 MEND = "Mend its permissions or its disk, and run the command again."
@@ -74,31 +74,35 @@ def write_checkpoint(run: RunDir, step: int, groups: TensorGroups, state: Mappin
         for group, tensors in groups.items():
             path = temporary / f"{group}.safetensors"
             _save_file(dict(tensors), path)
-            _flush(path)
+            flush(path)
             files[path.name] = {"bytes": path.stat().st_size, "crc32": _crc32(path)}
         path = temporary / STATE_FILE
         path.write_text(json.dumps({"step": step, "files": files, **state}, indent=2) + "\n", encoding="utf-8")
-        _flush(path)
+        flush(path)
         shutil.rmtree(folder, ignore_errors=True)
         os.replace(temporary, folder)
-        _flush(folder.parent)
+        flush(folder.parent)
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
     return folder
 
 
-def latest_checkpoint(run: RunDir) -> Checkpoint | None:
+def latest_checkpoint(run: RunDir, files: str = "") -> Checkpoint | None:
     """The newest whole checkpoint of a run, or None where there is none at all; nothing on disk is changed.
 
     Damaged ones are passed over with a warning. One that cannot be read is not called damaged: it may be whole.
+
+    Args:
+        run: the run folder.
+        files: what the names of the files begin with that are read and have to be whole; others may be damaged.
 
     Raises:
         UserError: there are checkpoints and none is whole, or the newest ones cannot be read.
     """
     faults: dict[str, str] = {}
     for folder in reversed(folders_to_read(run)):
-        fault = _fault(folder)
+        fault = _fault(folder, files)
         if fault is None:
             for name, why in faults.items():
                 log.warning("Checkpoint %s is damaged (%s); %s is used.", run.checkpoints / name, why, folder.name)
@@ -136,9 +140,9 @@ def open_checkpoint(folder: Path) -> Checkpoint:
     return Checkpoint(folder, state["step"], state)
 
 
-def require_checkpoint(run: RunDir) -> Checkpoint:
-    """The newest whole checkpoint of a run, or a UserError where there is none."""
-    checkpoint = latest_checkpoint(run.require())
+def require_checkpoint(run: RunDir, files: str = "") -> Checkpoint:
+    """The newest whole checkpoint of a run, as `latest_checkpoint`, or a UserError where there is none."""
+    checkpoint = latest_checkpoint(run.require(), files)
     if checkpoint is None:
         raise UserError(f"The run '{run.root}' has no checkpoint yet.", "Let `xar train` reach its first one.")
     return checkpoint
@@ -268,19 +272,21 @@ def _set_aside(folder: Path) -> None:
     log.warning("The damaged %s is kept as %s.", folder.name, target.name)
 
 
-def require_whole(folder: Path, file: str | None = None) -> None:
-    """Raise a UserError unless a checkpoint folder, or one of its files, is as it was written."""
-    fault = _fault(folder, file)
+def require_whole(folder: Path, files: str = "") -> None:
+    """Raise a UserError unless a checkpoint's files, those whose names begin with `files`, are as they were written."""
+    fault = _fault(folder, files)
     if fault is not None:
         raise UserError(f"The checkpoint '{folder}' is damaged: {fault}.", "Give another checkpoint, or a sound copy.")
 
 
-def _fault(folder: Path, file: str | None = None) -> str | None:
-    """What is wrong with a checkpoint folder (or one file of it), or None; a UserError where it cannot be read."""
+def _fault(folder: Path, files: str = "") -> str | None:
+    """What is wrong with a checkpoint's files, those whose names begin with `files`, or None; a UserError where they
+    cannot be read.
+    """
     try:
         state = json.loads((folder / STATE_FILE).read_text(encoding="utf-8"))
         for name, expected in state["files"].items():
-            if file not in (None, name):
+            if not name.startswith(files):
                 continue
             if (folder / name).stat().st_size != expected["bytes"]:
                 return f"{name} has the wrong size"
@@ -304,12 +310,3 @@ def _crc32(path: Path) -> int:
         while block := file.read(1 << 24):
             value = zlib.crc32(block, value)
     return value
-
-
-def _flush(path: Path) -> None:
-    """Have the operating system put a file's (or folder's) content on the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

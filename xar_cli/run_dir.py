@@ -5,6 +5,7 @@ Owns names and atomic writes; knows nothing of what the files mean.
 
 from __future__ import annotations
 
+import glob
 import json
 import os
 import re
@@ -168,7 +169,16 @@ def write_atomic(path: Path, data: bytes | str) -> None:
 
 def temporary_files(path: Path) -> list[Path]:
     """What `write_atomic` left beside `path` where it was killed."""
-    return list(path.parent.glob(f".{path.name}.*.tmp"))
+    return list(path.parent.glob(f".{glob.escape(path.name)}.*.tmp"))
+
+
+def flush(path: Path) -> None:
+    """Have the operating system put a file's (or folder's) content on the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def write_json(path: Path, value: Any) -> None:

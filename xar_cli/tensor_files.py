@@ -28,7 +28,8 @@ ALLOWED_CLASSES: tuple[type, ...] = (argparse.Namespace,)
 
 # What torch.load raises for a file that is cut short or is something else.
 _DAMAGE = (
-    RuntimeError, EOFError, OSError, ValueError, KeyError, IndexError, AttributeError, TypeError, SafetensorError,
+    RuntimeError, EOFError, OSError, ValueError, KeyError, IndexError, AttributeError, TypeError, AssertionError,
+    struct.error, SafetensorError,
 )  # fmt: skip
 
 NAMES_SHOWN = 3  # a refused state names this many tensors of each fault
@@ -45,6 +46,8 @@ def read_tensor_file(path: Path) -> tuple[Any, dict[str, str]]:
     Raises:
         UserError: no such file, damaged, or a pickle with more than tensors, plain values, `ALLOWED_CLASSES`.
     """
+    if path.is_dir():
+        raise UserError(f"'{path}' is a folder.", "Give the file in it.")
     if not path.is_file():
         raise UserError(f"There is no file '{path}'.", "Check the path of the weights.")
     try:
@@ -62,7 +65,7 @@ def read_safetensors(path: Path) -> tuple[State, dict[str, str]]:
     try:
         with safe_open(path, framework="pt") as file:
             return {name: file.get_tensor(name) for name in file.keys()}, dict(file.metadata() or {})  # noqa: SIM118
-    except (SafetensorError, OSError, struct.error) as error:
+    except (SafetensorError, OSError) as error:
         raise _damaged(path, "safetensors file", error) from None
 
 
@@ -84,6 +87,11 @@ def read_pickle(path: Path) -> Any:
             "Use a file that holds only tensors, or convert it to safetensors where you trust it.",
         ) from None
     except _DAMAGE as error:
+        if "weights_only" in str(error):  # the same advice
+            raise UserError(
+                f"'{path}' is a TorchScript archive or a .tar of an old PyTorch, or no PyTorch file at all.",
+                "Use a file that `torch.save` wrote, or safetensors.",
+            ) from None
         raise _damaged(path, "PyTorch file", error) from None
 
 
@@ -125,18 +133,20 @@ def copy_and_release(target: torch.Tensor, source: torch.Tensor, mappings: Seque
 
 
 def is_state(value: Any) -> bool:
-    """Whether a value is a non-empty mapping of names to tensors."""
+    """Whether a value is a non-empty mapping of names to tensors, which have values."""
     return (
         isinstance(value, Mapping)
         and len(value) > 0
-        and all(isinstance(key, str) and isinstance(item, torch.Tensor) for key, item in value.items())
+        and all(
+            isinstance(key, str) and isinstance(item, torch.Tensor) and not item.is_meta for key, item in value.items()
+        )
     )
 
 
 def check_state(
     state: Mapping[str, torch.Tensor], expected: Mapping[str, Sequence[int]], what: str, next_step: str
 ) -> None:
-    """Raise a UserError unless `state` has exactly the expected names and shapes.
+    """Raise a UserError unless `state` has exactly the expected names and shapes, in dense floating point.
 
     Args:
         state: the tensors of a file.
@@ -151,11 +161,13 @@ def check_state(
         for name, shape in expected.items()
         if name in state and tuple(state[name].shape) != tuple(shape)
     ]
-    faults = [
-        f"{len(names)} {kind}: {_first(names)}"
-        for kind, names in (("missing", missing), ("unknown", extra), ("misshapen", misshapen))
-        if names
+    unusable = [
+        f"{name} is {str(tensor.dtype if tensor.layout == torch.strided else tensor.layout).removeprefix('torch.')}"
+        for name, tensor in state.items()
+        if name in expected and not (tensor.is_floating_point() and tensor.layout == torch.strided)
     ]
+    found = {"missing": missing, "unknown": extra, "misshapen": misshapen, "unusable": unusable}
+    faults = [f"{len(names)} {kind}: {_first(names)}" for kind, names in found.items() if names]
     if faults:
         raise UserError(f"{what} does not fit: {'; '.join(faults)}.", next_step)
 

@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 import argparse
+import errno
 import os
 import pickle
+import re
+import zipfile
 from contextlib import suppress
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from safetensors.torch import save_file
 
+from xar_cli import tensor_files
 from xar_cli.errors import UserError
-from xar_cli.tensor_files import check_state, copy_and_release, file_mappings, read_tensor_file
+from xar_cli.tensor_files import check_state, copy_and_release, file_mappings, is_state, read_tensor_file
 
 
 class Runs:
@@ -71,6 +76,58 @@ def test_other_objects_are_not_allowed(tmp_path):
     assert "weights_only" not in caught.value.message
 
 
+@pytest.mark.parametrize("zipped", [True, False])
+def test_a_file_that_is_cut_short_anywhere_is_a_sentence(tmp_path, zipped):
+    whole, cut = tmp_path / "whole.pth", tmp_path / "cut.pth"
+    content = {"model": {"w": torch.arange(6.0), "h": torch.ones(2).half()}, "epoch": 3}
+    torch.save(content, whole, _use_new_zipfile_serialization=zipped)
+    for length in range(0, whole.stat().st_size, 5 if zipped else 1):
+        cut.write_bytes(whole.read_bytes()[:length])
+        with pytest.raises(UserError, match=r"cannot be read|no file of weights"):
+            read_tensor_file(cut)
+
+
+def test_an_old_pickle_whose_list_of_storages_is_damaged_is_a_sentence(tmp_path):
+    path = tmp_path / "old.pth"
+    torch.save({"w": torch.zeros(1)}, path, _use_new_zipfile_serialization=False)
+    before, digit, after = re.fullmatch(rb"(.*\d{6})(\d)(.*)", path.read_bytes(), re.DOTALL).groups()
+    path.write_bytes(before + (b"1" if digit == b"0" else b"0") + after)
+    with pytest.raises(UserError, match="cannot be read as a PyTorch file"):
+        read_tensor_file(path)
+
+
+@pytest.mark.parametrize("kind", ["script", "zeros"])
+def test_where_torch_advises_to_open_a_file_all_the_same_its_words_are_not_told(tmp_path, kind):
+    path = tmp_path / "weights.pth"
+    path.write_bytes(bytes(1 << 16))  # as a download leaves that reserves its space
+    if kind == "script":
+        with zipfile.ZipFile(path, "w") as archive:
+            archive.writestr("a/version", "3\n")
+            archive.writestr("a/constants.pkl", pickle.dumps((), 2))
+            archive.writestr("a/data.pkl", pickle.dumps((), 2))
+    with pytest.raises(UserError, match=r"is a TorchScript archive .* or no PyTorch file") as error:
+        read_tensor_file(path)
+    assert "weights_only" not in str(error.value)
+
+
+@pytest.mark.parametrize("reader", ["open", "safe_open"])
+def test_a_file_that_cannot_be_read_is_a_sentence(tmp_path, monkeypatch, reader):
+    """For a root user too: it becomes unreadable before its first bytes, or after them."""
+    save_file({"w": torch.ones(2)}, tmp_path / "weights.safetensors")
+
+    def refuse(*_, **__):
+        raise PermissionError(errno.EACCES, "Permission denied")
+
+    monkeypatch.setattr(*(Path, "open") if reader == "open" else (tensor_files, "safe_open"), refuse)
+    with pytest.raises(UserError, match=r"(Cannot read|cannot be read).*Permission denied"):
+        read_tensor_file(tmp_path / "weights.safetensors")
+
+
+def test_a_folder_is_not_called_missing(tmp_path):
+    with pytest.raises(UserError, match=r"is a folder\. Give the file in it\."):
+        read_tensor_file(tmp_path)
+
+
 def test_the_kind_of_file_follows_from_its_content(tmp_path):
     save_file({"w": torch.ones(2)}, tmp_path / "weights.pth")
     torch.save({"w": torch.ones(2)}, tmp_path / "weights.ckpt")
@@ -114,6 +171,26 @@ def test_every_kind_of_fault_is_named_at_once():
     with pytest.raises(UserError) as error:
         check_state({"a": torch.zeros(2), "x": torch.zeros(1)}, {"a": (3,), "b": (1,)}, "The file", "Fix it.")
     assert error.value.message == "The file does not fit: 1 missing: b; 1 unknown: x; 1 misshapen: a is (2), not (3)."
+
+
+@pytest.mark.parametrize(
+    ("tensor", "said"),
+    [
+        (torch.zeros(2, dtype=torch.int8), "a is int8"),
+        (torch.zeros(2, dtype=torch.bool), "a is bool"),
+        (torch.zeros(2, dtype=torch.complex64), "a is complex64"),
+        (torch.zeros(2).to_sparse(), "a is sparse_coo"),
+    ],
+)
+def test_tensors_that_nothing_can_be_computed_with_are_named(tensor, said):
+    with pytest.raises(UserError, match=f"The file does not fit: 1 unusable: {said}\\."):
+        check_state({"a": tensor, "b": torch.zeros(2).half()}, {"a": (2,), "b": (2,)}, "The file", "Fix it.")
+
+
+def test_a_state_has_names_and_values():
+    assert is_state({"a": torch.zeros(2)})
+    for nothing in ({}, {"a": torch.zeros(2, device="meta")}, {"a": 1}, {1: torch.zeros(2)}, torch.zeros(2)):
+        assert not is_state(nothing)
 
 
 def resident_bytes() -> int:

@@ -113,6 +113,9 @@ def load_kl16(source: str | Path, device: torch.device, precision: str = "fp32")
     network = build_on_meta()
     network.load_state_dict(state, strict=True, assign=True)
     network = network.to(device, PRECISIONS[precision]).to(memory_format=torch.channels_last)
+    for name, parameter in network.named_parameters():
+        if parameter.data_ptr() == state[name].data_ptr():  # not copied so far: still mapped from the file
+            parameter.data = parameter.data.clone()
     return KL16(network.eval().requires_grad_(False), identity_of(state), precision)
 
 

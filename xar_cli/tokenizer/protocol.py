@@ -17,7 +17,8 @@ class Tokenizer(Protocol):
         stride: pixels per token along one side.
         image_channels: 1 for grey images, 3 for RGB.
         latent_channels: values C per token.
-        identity: tells tokenizers with other arithmetic apart: `kl16:<sha256 of the weights>`, `pixels/p1`.
+        identity: tells tokenizers with other arithmetic apart: `kl16:<sha256 of the weights>`, `pixels/p1`. Channels
+            are not in it: the shapes tell them.
     """
 
     kind: str

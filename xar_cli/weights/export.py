@@ -7,16 +7,20 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 
+from xar_cli.checkpoint import STATE_FILE
 from xar_cli.config.schema import Config
 from xar_cli.data.imagenet import imagenet_names
 from xar_cli.errors import UserError
-from xar_cli.run_dir import require_possible, require_writable
+from xar_cli.lock import JobLock
+from xar_cli.run_dir import flush, is_there, require_writable, temporary_files
 from xar_cli.tensor_files import State
 from xar_cli.weights.files import FORMAT, VERSION, WeightsFile
 from xar_cli.weights.fit import Layout
@@ -37,21 +41,21 @@ def export_weights(weights: WeightsFile, out: Path, layout: Layout | None = None
         the layout that was written.
 
     Raises:
-        UserError: another suffix, our names in a .pth file, or no room on the disk.
+        UserError: another suffix, our names in a .pth file, a place where nothing may be written, or no room on the
+            disk; with exit code 1: the writing failed.
     """
     if out.suffix not in (".safetensors", ".pth"):
         raise UserError(f"'{out}' has no suffix that tells the format.", "Write to a .safetensors or .pth file.")
     layout = layout or ("published" if out.suffix == ".pth" else "xar")
     if out.suffix == ".pth" and layout == "xar":
         raise UserError("A .pth file has no room for the recipe.", "Write our layout to a .safetensors file.")
-    require_possible(out)
+    _require_place(out, weights.path)
     require_writable(out.parent, sum(tensor.nbytes for tensor in weights.state.values()), "the weights")
     state = as_layout(weights, layout)
     if out.suffix == ".pth":
-        _write(out, lambda path: torch.save(state, path))
+        _write(out, lambda path: _save_pickle(state, path))
     else:
-        contiguous = {name: tensor.contiguous() for name, tensor in state.items()}
-        _write(out, lambda path: save_file(contiguous, path, metadata=metadata_of(weights)))
+        _write(out, lambda path: save_file(_apart(state), path, metadata=metadata_of(weights)))
     return layout
 
 
@@ -82,11 +86,65 @@ def class_table(config: Config) -> tuple[str, ...]:
     return ids if config.data.dataset == IMAGENET and config.data.num_classes == len(ids) else ()
 
 
+def _require_place(out: Path, source: Path) -> None:
+    """Raise a UserError where `out` is no place for a file, or where what lies there must stay as it is."""
+    if is_there(out):
+        if out.is_dir():
+            raise UserError(f"'{out}' is a folder.", "Give the name of a file.")
+        if out.samefile(source):
+            raise UserError(f"'{out}' is the file that the weights are read from.", "Write to another file.")
+    if is_there(out.parent / STATE_FILE):
+        raise UserError(
+            f"'{out}' would lie in a checkpoint, with a {STATE_FILE} beside it.",
+            "Write it outside the run's checkpoints.",
+        )
+
+
+def _apart(state: State) -> State:
+    """The tensors, contiguous and none in the storage of another, as safetensors asks for."""
+    apart: State = {}
+    storages = set()
+    for name, tensor in state.items():
+        apart[name] = tensor.contiguous()
+        storage = apart[name].untyped_storage().data_ptr()
+        if storage in storages:
+            apart[name] = apart[name].clone()
+        storages.add(storage)
+    return apart
+
+
+def _save_pickle(state: State, path: Path) -> None:
+    """`torch.save`, with a full disk told as the OSError that it is."""
+    try:
+        with path.open("wb") as file:
+            torch.save(state, file)
+    except RuntimeError as error:  # of torch, which fails once more when it ends the file
+        if not isinstance(error.__context__, OSError):
+            raise
+        raise error.__context__ from None
+
+
 def _write(out: Path, write: Callable[[Path], None]) -> None:
-    out.parent.mkdir(parents=True, exist_ok=True)
+    """Have a file written beside its place, flush it to disk, then rename it into place: whole or not at all.
+
+    It is written in a folder of its own, since safetensors writes beside its place too.
+    """
     temporary = out.with_name(f".{out.name}.{os.getpid()}.tmp")
     try:
-        write(temporary)
-        os.replace(temporary, out)
-    finally:
-        temporary.unlink(missing_ok=True)
+        out.parent.mkdir(parents=True, exist_ok=True)
+        with JobLock(out.with_name(f".{out.name}.lock"), f"'{out}' is being written") as lock:
+            lock.take()
+            for left_by_a_kill in temporary_files(out):
+                shutil.rmtree(left_by_a_kill, ignore_errors=True)
+            try:
+                temporary.mkdir()
+                write(temporary / out.name)
+                flush(temporary / out.name)
+                os.replace(temporary / out.name, out)
+            finally:
+                shutil.rmtree(temporary, ignore_errors=True)
+                lock.remove()
+    except (OSError, SafetensorError) as error:
+        raise UserError(
+            f"'{out}' could not be written: {error}.", "Free some space or choose another folder.", exit_code=1
+        ) from None

@@ -32,6 +32,7 @@ Kind = Literal["ema", "raw", "unstated"]
 
 FORMAT = "xar-weights"  # value of the metadata key "xar_format" in our exports
 VERSION = "1"
+RAW, AVERAGES = "model.safetensors", "ema-"  # the raw weights in a checkpoint, and what names of averages begin with
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -136,17 +137,22 @@ def load_weights(
 
 
 def open_weights(source: str | Path, config: Config | None = None, *, ema: bool = True) -> WeightsFile:
-    """Open a source of weights and match it with its recipe, without reading the tensors.
+    """Open a source of weights and match it with its recipe, without loading the tensors.
+
+    A file in a checkpoint is read once, for its checksum.
 
     Args: as `load_weights`.
 
     Raises:
-        UserError: there is no such source, it is damaged or unsafe, it does not fit the recipe, or it lacks
-        the set
+        UserError: there is no such source, it is damaged or unsafe, it does not fit the recipe, or it lacks the set
             that was asked for.
     """
-    found = find_weights(source, ema=ema)
-    name = f"'{source}'"
+    return with_recipe(find_weights(source, ema=ema), config)
+
+
+def with_recipe(found: FoundWeights, config: Config | None) -> WeightsFile:
+    """Match weights with the recipe asked for, or stored with them, or found by shape; errors as `open_weights`."""
+    name = f"'{found.source}'"
     if found.stored is not None and config is not None:
         require_same_network(found.stored, config, name)
     fitting = require_fit(found.network, config or found.stored, name)
@@ -157,16 +163,18 @@ def open_weights(source: str | Path, config: Config | None = None, *, ema: bool 
 def find_weights(source: str | Path, *, ema: bool = True) -> FoundWeights:
     """Open a source of weights and recognise it, whatever network it is of; errors as `open_weights`."""
     path = local_file(source)
+    files = AVERAGES if ema else RAW
     if is_there(path / STATE_FILE):
-        require_whole(path)
+        require_whole(path, files)
         return _find_in_checkpoint(str(source), path, ema)
     if path.is_dir():
-        return _find_in_checkpoint(str(source), require_checkpoint(RunDir(path)).folder, ema)
-    if path.parent.name.startswith("step-") and (path.parent / STATE_FILE).is_file():
-        require_whole(path.parent, path.name)
-        if not ema and path.stem != "model":
-            raise UserError(f"'{source}' does not hold raw weights.", "Leave --raw away, or give model.safetensors.")
-        return _find_group(str(source), path)
+        return _find_in_checkpoint(str(source), require_checkpoint(RunDir(path), files).folder, ema)
+    for file in (path, path.resolve()):  # a link to a file in a checkpoint is that file
+        if _is_in_checkpoint(file):
+            require_whole(file.parent, file.name)
+            if not ema and file.name != RAW:
+                raise UserError(f"'{source}' does not hold raw weights.", f"Leave --raw away, or give {RAW}.")
+            return _find_group(str(source), file)
     content, metadata = read_tensor_file(path)
     if metadata.get("xar_format") == FORMAT:
         return _find_export(str(source), path, content, metadata, ema)
@@ -198,7 +206,7 @@ def _choose_set(content: Any, ema: bool, name: str) -> tuple[Mapping[str, Tensor
 def _find_in_checkpoint(source: str, folder: Path, ema: bool) -> FoundWeights:
     """The weights in a checkpoint folder of one of our runs: the recipe's first average, or the raw ones."""
     files = list(_read_state(folder)["files"])
-    wanted = [file for file in files if file.startswith("ema-")] if ema else ["model.safetensors"]
+    wanted = [file for file in files if file.startswith(AVERAGES)] if ema else [RAW]
     if not wanted or wanted[0] not in files:
         kind = "averaged" if ema else "raw"
         raise UserError(f"The checkpoint '{folder}' has no {kind} weights.", "Check that it is whole.")
@@ -207,13 +215,13 @@ def _find_in_checkpoint(source: str, folder: Path, ema: bool) -> FoundWeights:
 
 def _find_group(source: str, path: Path) -> FoundWeights:
     """One tensor group of a checkpoint `RUN/checkpoints/step-...`: its raw weights or an average."""
-    run = RunDir(path.resolve().parent.parent.parent).require()
+    run = RunDir(path.parent.resolve().parent.parent).require()
     content, _ = read_tensor_file(path)
     return FoundWeights(
         source=source,
         path=path,
         layout=layout_of(content, f"'{source}'"),
-        kind="raw" if path.stem == "model" else "ema",
+        kind="raw" if path.name == RAW else "ema",
         stored=load_config_file(run.config),
         state=content,
         step=_read_state(path.parent)["step"],
@@ -231,7 +239,9 @@ def _find_export(source: str, path: Path, state: State, metadata: Mapping[str, s
         )
     try:
         kind, recipe = metadata["kind"], json.loads(metadata["recipe"])
-        class_names = tuple(json.loads(metadata["class_names"]))
+        class_names = json.loads(metadata["class_names"])
+        if not (isinstance(class_names, list) and all(isinstance(name, str) for name in class_names)):
+            raise TypeError("class_names is no list of strings")
         epoch, step = (int(metadata[key]) if key in metadata else None for key in ("epoch", "step"))
     except (KeyError, ValueError, TypeError) as error:
         raise UserError(
@@ -249,10 +259,20 @@ def _find_export(source: str, path: Path, state: State, metadata: Mapping[str, s
         state=state,
         epoch=epoch,
         step=step,
-        class_names=class_names,
+        class_names=tuple(class_names),
     )
 
 
+def _is_in_checkpoint(file: Path) -> bool:
+    """Whether a file is one of those that a checkpoint in its folder consists of."""
+    try:
+        return file.name in _read_state(file.parent)["files"]
+    except (FileNotFoundError, NotADirectoryError, KeyError, TypeError):  # there is none, or it is another program's
+        return False
+    except (OSError, ValueError):  # `require_whole` says what is wrong with it
+        return True
+
+
 def _read_state(folder: Path) -> dict[str, Any]:
-    """What a checkpoint, found whole before, says of itself."""
+    """What a checkpoint says of itself."""
     return dict(json.loads((folder / STATE_FILE).read_text(encoding="utf-8")))

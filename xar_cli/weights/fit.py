@@ -59,8 +59,9 @@ def network_of_state(state: Mapping[str, Tensor], layout: Layout) -> dict[str, i
         "channels": state[projection].shape[-1],
         "classes": state[classes].shape[0] - 1,
     }
-    if _ROPE_TABLE in state:
-        network["heads"] = dim // state[_ROPE_TABLE].shape[-1]
+    rope = state.get(_ROPE_TABLE)
+    if rope is not None and rope.ndim == 2 and rope.shape[1] > 0 and dim % rope.shape[1] == 0:
+        network["heads"] = dim // rope.shape[1]
     return network
 
 

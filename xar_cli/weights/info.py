@@ -10,7 +10,7 @@ from xar_cli.config.schema import Config
 from xar_cli.hub import local_file, sha256_of
 from xar_cli.tensor_files import read_tensor_file
 from xar_cli.tokenizer.kl16 import identity_of, is_kl16, read_kl16_state
-from xar_cli.weights.files import FoundWeights, WeightsFile, find_weights, open_weights
+from xar_cli.weights.files import FoundWeights, WeightsFile, find_weights, with_recipe
 from xar_cli.weights.fit import fitting_recipes, network_of_config
 from xar_cli.weights.published import is_derived, published_shapes
 
@@ -32,7 +32,7 @@ def describe_source(source: str | Path, config: Config | None = None, *, ema: bo
     found: FoundWeights = find_weights(source, ema=ema)
     fitting = fitting_recipes(found.network)
     if config is not None or found.stored is not None or fitting:
-        found = open_weights(source, config, ema=ema)
+        found = with_recipe(found, config)
     recipe = found.config if isinstance(found, WeightsFile) else None
     return {
         "source": found.source,

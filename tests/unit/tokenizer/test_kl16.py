@@ -173,6 +173,10 @@ def test_logvar_is_clamped():
             lambda s: s.update({"quant_conv.bias": torch.zeros(8)}),
             ["1 misshapen: quant_conv.bias is (8), not (32)"],
         ),
+        (
+            lambda s: s.update({"quant_conv.bias": torch.zeros(32, dtype=torch.int8)}),
+            ["1 unusable: quant_conv.bias is int8"],
+        ),
         (lambda s: [s.pop(name) for name in list(s)[:10]], ["10 missing", "and 7 more"]),
     ],
 )
@@ -188,6 +192,17 @@ def test_a_file_that_does_not_fit_is_refused_by_name(tmp_path, change, said):
 def test_a_hollow_file_of_the_right_shapes_is_read(tmp_path):
     torch.save(hollow_state(), tmp_path / "bare.pth")
     assert len(read_kl16_state(tmp_path / "bare.pth")) == len(kl16_shapes())
+
+
+def test_what_is_loaded_does_not_change_with_its_file(tmp_path):
+    """A part of a mapped file follows the file, or ends the process where that was cut short."""
+    state = {name: torch.ones(shape) for name, shape in kl16_shapes().items() if len(shape) == 1}
+    path = tmp_path / "kl16.ckpt"
+    torch.save(hollow_state() | state, path)
+    kl16 = load_kl16(path, CPU)
+    with path.open("r+b") as file:
+        file.write(bytes(path.stat().st_size))
+    assert all(torch.equal(kl16.network.get_parameter(name), tensor) for name, tensor in state.items())
 
 
 def test_missing_weights_say_where_to_get_them_and_which_option():

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import hashlib
+import json
+import os
 import shutil
 
 import pytest
@@ -11,10 +13,12 @@ from safetensors.torch import save_file
 
 from tests.seeded import seeded_state
 from tests.weight_files import save_safetensors
+from xar_cli import checkpoint
 from xar_cli.config import load_recipe
 from xar_cli.errors import UserError
 from xar_cli.tensor_files import read_tensor_file
 from xar_cli.weights import export_weights, from_published, load_weights, open_weights
+from xar_cli.weights.info import describe_source
 from xar_cli.weights.published import published_shapes
 
 
@@ -152,7 +156,8 @@ def test_other_sampling_settings_are_no_contradiction(run_folder, tmp_path):
 
 def test_raw_weights_that_are_not_there_are_not_replaced_by_others(bare_file, run_folder, golden_config, tmp_path):
     export_weights(open_weights(run_folder), tmp_path / "average.safetensors")
-    for source in (bare_file, tmp_path / "average.safetensors"):
+    export_weights(open_weights(bare_file, golden_config), tmp_path / "unstated.safetensors")
+    for source in (bare_file, tmp_path / "average.safetensors", tmp_path / "unstated.safetensors"):
         with pytest.raises(UserError, match="raw"):
             open_weights(source, golden_config, ema=False)
 
@@ -172,6 +177,7 @@ def test_averages_that_are_not_there_are_not_replaced_by_others(published, golde
         ({"model": {"post_quant_conv.weight": torch.zeros(1)}}, "tokenizer KL-16"),
         ({"fc.weight": torch.zeros(1)}, "no xAR weights: its first tensors are fc.weight"),
         ({"epoch": 3}, "holds no weights"),
+        ({}, "holds no weights"),
         ([1, 2], "holds no weights"),
     ],
 )
@@ -208,10 +214,63 @@ def test_a_damaged_checkpoint_is_refused_by_every_way_to_it(run_folder, tmp_path
         with pytest.raises(UserError, match="fails its checksum"):
             open_weights(source)
     assert open_weights(folder / "model.safetensors").kind == "raw"  # that one is whole
+    assert open_weights(copy, ema=False).kind == "raw"
     (folder / "state.json").write_text("{")
     for source in (folder, folder / "model.safetensors"):
         with pytest.raises(UserError, match=r"is damaged: state\.json"):
             open_weights(source)
+
+
+def test_only_the_set_that_is_wanted_is_read_and_once(run_folder, monkeypatch):
+    (folder,) = (run_folder / "checkpoints").iterdir()
+    read, crc32 = [], checkpoint._crc32
+    monkeypatch.setattr(checkpoint, "_crc32", lambda path: read.append(path.name) or crc32(path))
+    for source, ema, expected in (
+        (run_folder, False, ["model.safetensors"]),
+        (folder, False, ["model.safetensors"]),
+        (folder, True, ["ema-0.9999.safetensors", "ema-0.9.safetensors"]),
+        (folder / "ema-0.9.safetensors", True, ["ema-0.9.safetensors"]),
+    ):
+        read.clear()
+        describe_source(source, ema=ema)
+        assert read == expected
+
+
+def test_a_link_to_a_checkpoint_or_to_a_file_in_it_is_what_it_leads_to(run_folder, tmp_path):
+    (folder,) = (run_folder / "checkpoints").iterdir()
+    (tmp_path / "best").symlink_to(folder)
+    (tmp_path / "best.safetensors").symlink_to(folder / "ema-0.9999.safetensors")
+    for source in ("best", "best/ema-0.9999.safetensors", "best.safetensors"):
+        weights = open_weights(tmp_path / source)
+        assert (weights.kind, weights.step, weights.class_names[7]) == ("ema", 1234, "class 7")
+    with (folder / "ema-0.9999.safetensors").open("r+b") as file:
+        file.seek(-1, os.SEEK_END)
+        file.write(b"\x7f")
+    for source in ("best", "best/ema-0.9999.safetensors", "best.safetensors"):
+        with pytest.raises(UserError, match="fails its checksum"):
+            open_weights(tmp_path / source)
+
+
+@pytest.mark.parametrize("state", [None, {}, {"files": 3}, []])
+def test_another_file_beside_a_state_is_no_part_of_a_checkpoint(run_folder, published, golden_config, tmp_path, state):
+    (folder,) = (run_folder / "checkpoints").iterdir()
+    if state is not None:  # of another program
+        folder = tmp_path / "step-1"
+        folder.mkdir()
+        (folder / "state.json").write_text(json.dumps(state))
+    torch.save(published, folder / "mine.pth")
+    assert open_weights(folder / "mine.pth", golden_config).kind == "unstated"
+
+
+def test_a_checkpoint_without_the_set_that_is_asked_for(run_folder):
+    (folder,) = (run_folder / "checkpoints").iterdir()
+    state = json.loads((folder / "state.json").read_text())
+    for file, ema, kind in (("model", False, "raw"), ("ema-0.9999", True, "averaged"), ("ema-0.9", True, "averaged")):
+        del state["files"][f"{file}.safetensors"]
+        (folder / "state.json").write_text(json.dumps(state))
+        if file != "ema-0.9999":  # there is a second average
+            with pytest.raises(UserError, match=f"has no {kind} weights"):
+                open_weights(run_folder, ema=ema)
 
 
 def test_an_average_is_not_taken_for_raw_weights(run_folder):
@@ -229,6 +288,29 @@ def test_an_export_that_lost_what_it_says_is_refused(run_folder, tmp_path, lacks
     save_file(content, tmp_path / "less.safetensors", metadata)
     with pytest.raises(UserError, match=f"damaged: KeyError: '{lacks}'"):
         open_weights(tmp_path / "less.safetensors")
+
+
+@pytest.mark.parametrize("class_names", ['"abc"', "[1, 2]", '{"a": 1}', "3"])
+def test_class_names_of_an_export_are_a_list_of_strings(run_folder, tmp_path, class_names):
+    export_weights(open_weights(run_folder), tmp_path / "out.safetensors")
+    content, metadata = read_tensor_file(tmp_path / "out.safetensors")
+    save_file(content, tmp_path / "other.safetensors", metadata | {"class_names": class_names})
+    with pytest.raises(UserError, match="damaged: TypeError: class_names is no list of strings"):
+        open_weights(tmp_path / "other.safetensors")
+
+
+def test_a_kind_that_this_program_does_not_know_is_unstated(run_folder, tmp_path):
+    export_weights(open_weights(run_folder), tmp_path / "out.safetensors")
+    content, metadata = read_tensor_file(tmp_path / "out.safetensors")
+    save_file(content, tmp_path / "other.safetensors", metadata | {"kind": "median"})
+    assert open_weights(tmp_path / "other.safetensors").kind == "unstated"
+
+
+@pytest.mark.parametrize("shape", [(), (16,), (256, 0), (256, 64), (256, 5)])
+def test_a_table_of_positions_that_tells_no_heads_is_passed_over(published, golden_config, tmp_path, shape):
+    torch.save(published | {"encoder_blocks.0.attn.rope.freqs_cos": torch.zeros(shape)}, tmp_path / "odd.pth")
+    weights = open_weights(tmp_path / "odd.pth", golden_config)
+    assert "heads" not in weights.network
 
 
 def test_a_table_without_dimensions_is_no_network(published, tmp_path):

@@ -106,6 +106,8 @@ def test_rope_buffers_hold_the_angles_of_the_spec():
     [
         (lambda s: s.pop("pred.bias"), "1 missing: pred.bias"),
         (lambda s: s.update(surprise=torch.zeros(3)), "1 unknown: surprise"),
+        (lambda s: s.update(mask_token=torch.zeros(3)), "1 unknown: mask_token"),  # no derived buffer, as `mask` is
+        (lambda s: s.update({"encoder.rope.x": torch.zeros(3)}), "1 unknown: encoder.rope.x"),
         (lambda s: s.update({"pred.bias": torch.zeros(8)}), "1 misshapen: pred.bias is (8), not (16)"),
         (
             lambda s: [s.pop(name) for name in list(s) if name.startswith("encoder_blocks.1.mlp.")],
