@@ -17,13 +17,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 
 from xar_cli.distributed import whole_tensor
 from xar_cli.errors import UserError
 from xar_cli.logs import log
 from xar_cli.run_dir import RunDir, flush, step_of
+from xar_cli.tensor_files import write_safetensors
 
 STATE_FILE = "state.json"
 MEND = "Mend its permissions or its disk, and run the command again."
@@ -73,7 +74,7 @@ def write_checkpoint(run: RunDir, step: int, groups: TensorGroups, state: Mappin
         files = {}
         for group, tensors in groups.items():
             path = temporary / f"{group}.safetensors"
-            _save_file(dict(tensors), path)
+            write_safetensors(dict(tensors), path)
             flush(path)
             files[path.name] = {"bytes": path.stat().st_size, "crc32": _crc32(path)}
         path = temporary / STATE_FILE
@@ -239,16 +240,6 @@ class CheckpointWriter:
                     shutil.rmtree(folder)
                 except OSError as error:  # a network drive may still hold a file of it
                     log.warning("The old checkpoint %s could not be removed: %s.", folder, error)
-
-
-def _save_file(tensors: dict[str, Tensor], path: Path) -> None:
-    """`save_file`, with a full disk told as the OSError that it is."""
-    try:
-        save_file(tensors, path)
-    except Exception as error:  # safetensors has an error class of its own for what the system says
-        if type(error).__name__ != "SafetensorError":
-            raise
-        raise OSError(str(error)) from error
 
 
 def _folder(run: RunDir, step: int) -> Path:

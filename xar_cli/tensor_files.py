@@ -1,4 +1,4 @@
-"""Files of tensors, opened without running anything in them, and the check of their names and shapes.
+"""Files of tensors, written, and opened without running anything in them; the check of their names and shapes.
 
 Owns: which kinds of file are read (safetensors, PyTorch's pickles), the allow-list for pickles, the error for
 a state that does not fit. Knows no model: what the names mean is the business of `tokenizer` and `weights`.
@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 
 from xar_cli.errors import UserError
 
@@ -67,6 +68,19 @@ def read_safetensors(path: Path) -> tuple[State, dict[str, str]]:
             return {name: file.get_tensor(name) for name in file.keys()}, dict(file.metadata() or {})  # noqa: SIM118
     except (SafetensorError, OSError) as error:
         raise _damaged(path, "safetensors file", error) from None
+
+
+def write_safetensors(tensors: State, path: Path, metadata: Mapping[str, str] | None = None) -> None:
+    """Write contiguous tensors of the CPU; whoever may read the folder may read the file.
+
+    Raises:
+        OSError: the disk is full or not writable.
+    """
+    try:
+        save_file(tensors, path, dict(metadata) if metadata else None)
+    except SafetensorError as error:  # of its own class, whatever the system says
+        raise OSError(str(error)) from error
+    path.chmod(path.parent.stat().st_mode & 0o666)  # safetensors 0.8 leaves it to its owner alone
 
 
 def read_pickle(path: Path) -> Any:

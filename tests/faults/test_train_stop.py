@@ -228,7 +228,12 @@ def test_a_full_disk_does_not_end_the_run(data, whole, tmp_path, monkeypatch, ca
     from xar_cli.train import loop
 
     monkeypatch.setattr(log, "propagate", True)
-    out, save_file, write, take_step = tmp_path / "run", checkpoint._save_file, MetricsWriter.write, loop.take_step
+    out, save_file, write, take_step = (
+        tmp_path / "run",
+        checkpoint.write_safetensors,
+        MetricsWriter.write,
+        loop.take_step,
+    )
     full = False
 
     def step(state, *rest):
@@ -247,7 +252,7 @@ def test_a_full_disk_does_not_end_the_run(data, whole, tmp_path, monkeypatch, ca
         write(self, **values)
 
     monkeypatch.setattr(loop, "take_step", step)
-    monkeypatch.setattr(checkpoint, "_save_file", save)
+    monkeypatch.setattr(checkpoint, "write_safetensors", save)
     monkeypatch.setattr(MetricsWriter, "write", write_record)
     assert train(settings(small_recipe(*LONG), data, out))["steps"] == STEPS
     assert "the older ones are intact" in caplog.text
@@ -263,7 +268,7 @@ def test_a_last_checkpoint_that_cannot_be_written_is_a_failure(data, tmp_path, m
     def full(*_):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(checkpoint, "_save_file", full)
+    monkeypatch.setattr(checkpoint, "write_safetensors", full)
     with pytest.raises(UserError, match="The checkpoint of step 10 could not be written") as caught:
         train(settings(small_recipe(), data, tmp_path / "run"))
     assert caught.value.exit_code == 1

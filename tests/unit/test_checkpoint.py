@@ -134,7 +134,7 @@ def test_a_full_disk_leaves_the_old_ones_and_goes_on(run, monkeypatch, caplog):
     writer.wait()
     with monkeypatch.context() as patch:
         patch.setattr(
-            checkpoint, "_save_file", lambda *_: (_ for _ in ()).throw(OSError(28, "No space left on device"))
+            checkpoint, "write_safetensors", lambda *_: (_ for _ in ()).throw(OSError(28, "No space left on device"))
         )
         writer.save(2, groups(2), {})
         writer.wait()

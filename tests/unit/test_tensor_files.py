@@ -18,7 +18,15 @@ from safetensors.torch import save_file
 
 from xar_cli import tensor_files
 from xar_cli.errors import UserError
-from xar_cli.tensor_files import check_state, copy_and_release, file_mappings, is_state, read_tensor_file
+from xar_cli.tensor_files import (
+    check_state,
+    copy_and_release,
+    file_mappings,
+    is_state,
+    read_safetensors,
+    read_tensor_file,
+    write_safetensors,
+)
 
 
 class Runs:
@@ -197,3 +205,12 @@ def resident_bytes() -> int:
     """Memory of this process that is in RAM, files included."""
     with open("/proc/self/statm") as file:
         return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+
+def test_a_file_may_be_read_by_whoever_may_read_its_folder(tmp_path):
+    folder = tmp_path / "shared"
+    folder.mkdir()
+    folder.chmod(0o755)
+    write_safetensors({"w": torch.ones(2)}, folder / "w.safetensors", {"key": "value"})
+    assert (folder / "w.safetensors").stat().st_mode & 0o777 == 0o644
+    assert read_safetensors(folder / "w.safetensors")[1] == {"key": "value"}

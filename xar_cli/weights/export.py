@@ -12,8 +12,6 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import save_file
 
 from xar_cli.checkpoint import STATE_FILE
 from xar_cli.config.schema import Config
@@ -21,7 +19,7 @@ from xar_cli.data.imagenet import imagenet_names
 from xar_cli.errors import UserError
 from xar_cli.lock import JobLock
 from xar_cli.run_dir import flush, is_there, require_writable, temporary_files
-from xar_cli.tensor_files import State
+from xar_cli.tensor_files import State, write_safetensors
 from xar_cli.weights.files import FORMAT, VERSION, WeightsFile
 from xar_cli.weights.fit import Layout
 from xar_cli.weights.published import from_published, to_published
@@ -55,7 +53,7 @@ def export_weights(weights: WeightsFile, out: Path, layout: Layout | None = None
     if out.suffix == ".pth":
         _write(out, lambda path: _save_pickle(state, path))
     else:
-        _write(out, lambda path: save_file(_apart(state), path, metadata=metadata_of(weights)))
+        _write(out, lambda path: write_safetensors(_apart(state), path, metadata_of(weights)))
     return layout
 
 
@@ -144,7 +142,7 @@ def _write(out: Path, write: Callable[[Path], None]) -> None:
             finally:
                 shutil.rmtree(temporary, ignore_errors=True)
                 lock.remove()
-    except (OSError, SafetensorError) as error:
+    except OSError as error:
         raise UserError(
             f"'{out}' could not be written: {error}.", "Free some space or choose another folder.", exit_code=1
         ) from None

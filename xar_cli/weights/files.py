@@ -168,7 +168,12 @@ def find_weights(source: str | Path, *, ema: bool = True) -> FoundWeights:
         require_whole(path, files)
         return _find_in_checkpoint(str(source), path, ema)
     if path.is_dir():
-        return _find_in_checkpoint(str(source), require_checkpoint(RunDir(path), files).folder, ema)
+        try:
+            return _find_in_checkpoint(str(source), require_checkpoint(RunDir(path), files).folder, ema)
+        except FileNotFoundError:  # the run trains, and keeps its newest few checkpoints
+            raise UserError(
+                f"A checkpoint of '{source}' was removed while it was opened.", "Run the command again.", exit_code=1
+            ) from None
     for file in (path, path.resolve()):  # a link to a file in a checkpoint is that file
         if _is_in_checkpoint(file):
             require_whole(file.parent, file.name)

@@ -12,10 +12,11 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 
+from xar_cli import tensor_files
 from xar_cli.config import load_recipe
 from xar_cli.errors import UserError
 from xar_cli.lock import JobLock
-from xar_cli.weights import export, export_weights, load_weights, open_weights
+from xar_cli.weights import export_weights, load_weights, open_weights
 from xar_cli.weights.export import class_table
 from xar_cli.weights.published import is_derived
 
@@ -132,7 +133,7 @@ def test_a_full_disk_is_a_sentence_whatever_error_a_library_has_for_it(run_folde
         raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
 
     weights = open_weights(run_folder)
-    monkeypatch.setattr(export, "save_file", fail)
+    monkeypatch.setattr(tensor_files, "save_file", fail)
     if suffix == "pth":
         monkeypatch.setattr(Path, "open", lambda *_: Full())
     with pytest.raises(UserError, match=r"could not be written: .*No space left") as error:

@@ -14,10 +14,11 @@ from safetensors.torch import save_file
 from tests.seeded import seeded_state
 from tests.weight_files import save_safetensors
 from xar_cli import checkpoint
+from xar_cli.checkpoint import require_checkpoint
 from xar_cli.config import load_recipe
 from xar_cli.errors import UserError
 from xar_cli.tensor_files import read_tensor_file
-from xar_cli.weights import export_weights, from_published, load_weights, open_weights
+from xar_cli.weights import export_weights, files, from_published, load_weights, open_weights
 from xar_cli.weights.info import describe_source
 from xar_cli.weights.published import published_shapes
 
@@ -271,6 +272,18 @@ def test_a_checkpoint_without_the_set_that_is_asked_for(run_folder):
         if file != "ema-0.9999":  # there is a second average
             with pytest.raises(UserError, match=f"has no {kind} weights"):
                 open_weights(run_folder, ema=ema)
+
+
+def test_a_checkpoint_that_a_run_removes_meanwhile_is_a_sentence(run_folder, monkeypatch):
+    def removed(run, files):
+        checkpoint = require_checkpoint(run, files)
+        shutil.rmtree(checkpoint.folder)
+        return checkpoint
+
+    monkeypatch.setattr(files, "require_checkpoint", removed)
+    with pytest.raises(UserError, match="was removed while it was opened") as caught:
+        open_weights(run_folder)
+    assert caught.value.exit_code == 1
 
 
 def test_an_average_is_not_taken_for_raw_weights(run_folder):
