@@ -6,6 +6,7 @@ images to the evaluate stage, and owns no step of either.
 
 from __future__ import annotations
 
+import itertools
 import time
 from collections.abc import Sequence
 from functools import cached_property
@@ -15,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from xar_cli.config.recipes import override
-from xar_cli.config.schema import Section
+from xar_cli.config.schema import Config, Section
 from xar_cli.distributed import Ranks, process_group
 from xar_cli.errors import UserError
 from xar_cli.evaluate import Settings, evaluate, identify_inputs
@@ -108,12 +109,20 @@ def sweep_of_run(settings: SweepSettings) -> dict[str, Any]:
         measure = settings.measure.model_copy(update={"batch_size": config.sample.batch_size})
         protocol = pick_protocol(source.protocols).name
 
+        def config_at(point: Point) -> Config:
+            values = [f"sample.guidance_scale={point.guidance_scale}", f"sample.num_steps={point.num_steps}"]
+            return override(config, values)
+
+        scales = settings.guidance_scales or (config.sample.guidance_scale,)
+        steps = settings.step_counts or (config.sample.num_steps,)
+        for point in itertools.product(scales, steps):
+            config_at(Point(*point))  # a wrong one is refused before the first is drawn
+
         def score(point: Point) -> Score | None:
             if "network" not in vars(source):  # a first batch, so that compiling does not count in the speed
                 warm_up = range(min(config.sample.batch_size, source.sampling.count))
                 source.images(source.sampling).load_many(list(warm_up))
-            values = [f"sample.guidance_scale={point.guidance_scale}", f"sample.num_steps={point.num_steps}"]
-            changed = source.sampling.model_copy(update={"config": override(config, values)})
+            changed = source.sampling.model_copy(update={"config": config_at(point)})
             images = source.images(changed, keep_features=False)
             found = evaluate(images, reference, protocol, settings=measure, ranks=ranks)
             if not ranks.is_main:
@@ -131,10 +140,7 @@ def sweep_of_run(settings: SweepSettings) -> dict[str, Any]:
             "reference": reference.name, "protocol": protocol, "count": source.sampling.count, "seed": settings.seed,
             "solver": config.sample.solver, **identify_inputs(reference, protocol, measure, ranks),
         }  # fmt: skip
-        return run_sweep(
-            out, identity, settings.guidance_scales or (config.sample.guidance_scale,),
-            settings.step_counts or (config.sample.num_steps,), score, ranks.is_main,
-        )  # fmt: skip
+        return run_sweep(out, identity, scales, steps, score, ranks.is_main)
 
 
 class _Source:

@@ -228,6 +228,28 @@ def test_sweep_scores_draws_and_resumes(capsys, run, digits, draws, tmp_path) ->
     assert len(draws) == 3
 
 
+@pytest.mark.parametrize(("option", "wrong"), [("--num-steps", "2,4:3:2"), ("--guidance-scale", "1,-1")])
+def test_a_wrong_point_is_refused_before_the_first_is_drawn(
+    capsys, run, digits, draws, tmp_path, option, wrong
+) -> None:
+    points = {"--guidance-scale": "1", "--num-steps": "2", option: wrong}
+    code, _, err = xar(
+        capsys, "fid", "sweep", "--run", run, "--reference", digits[0], "--count", 20, "--out", tmp_path / "sweep",
+        "--no-feature-cache", *(word for pair in points.items() for word in pair),
+    )  # fmt: skip
+    assert code == 2
+    assert "sample." in err
+    assert draws == []
+    assert not (tmp_path / "sweep").exists()
+
+
+@pytest.mark.parametrize("option", [("--seed", 1), ("--tokenizer-weights", "kl16.ckpt")])
+def test_options_of_drawing_are_refused_beside_images_that_exist(capsys, digits, option) -> None:
+    code, _, err = xar(capsys, "fid", "--samples", digits[1], "--reference", digits[0], "--protocol", "digits", *option)
+    assert code == 2
+    assert f"{option[0]} would not be read" in " ".join(err.split())
+
+
 def test_a_sweep_is_not_continued_against_other_images_of_the_same_name(capsys, run, digits, tmp_path) -> None:
     reference = Path(shutil.copytree(digits[0], tmp_path / "real"))
     command = [

@@ -85,7 +85,7 @@ def fid(
     report: Annotated[Path | None, typer.Option("--report", help="Folder for report.html, .md and .json.")] = None,
     count: CountOption = None,
     image_size: ImageSizeOption = None,
-    seed: Annotated[int, typer.Option(min=0, help="With --run: seed of noise and labels.")] = 0,
+    seed: Annotated[int | None, typer.Option(min=0, help="With --run: seed of noise and labels. Default: 0.")] = None,
     tokenizer_weights: TokenizerWeightsOption = None,
     batch_size: BatchOption = None,
     workers: WorkersOption = 4,
@@ -118,6 +118,10 @@ def fid(
         raise UserError("One set of samples is needed.", "Give --samples FOLDER, or --run RUN to draw them.")
     if reference is None:
         raise UserError("--reference is missing.", "Give real images, or statistics made by `xar fid stats`.")
+    drawing = [("--seed", seed), ("--tokenizer-weights", tokenizer_weights)]
+    unread = [option for option, value in drawing if samples is not None and value is not None]
+    if unread:
+        raise UserError(f"--samples are images that exist: {' and '.join(unread)} would not be read.", "Leave it away.")
     measure = _measure(
         count=count if samples else None, image_size=_parse_size(image_size), batch_size=batch_size, workers=workers,
         precision=precision, compile=compile_mode, error_bars=error_bars, extrapolate=extrapolate, skip_bad=skip_bad,
@@ -135,7 +139,7 @@ def fid(
         from xar_cli.score_run import RunSettings
 
         of_run = RunSettings(
-            run=run_folder, reference=reference, protocols=names if protocol else (), count=count, seed=seed,
+            run=run_folder, reference=reference, protocols=names if protocol else (), count=count, seed=seed or 0,
             tokenizer_weights=tokenizer_weights, measure=measure, batch_size=batch_size, report=report, device=device,
         )  # fmt: skip
         result = run("xar_cli.score_run:fid_of_run", of_run, launch)

@@ -6,7 +6,6 @@ Legend: N samples, D dimensions, R rank.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from functools import cached_property
 
 import numpy as np
@@ -126,14 +125,6 @@ class Moments:
         self._mean = self._mean + step * (count / total)
         self._scatter = self._scatter + scatter + np.outer(step, step) * (self.count * count / total)
         self.count = total
-
-
-def moments_of(batches: Iterable[np.ndarray], dimensions: int) -> Moments:
-    """Moments of all (n, D) batches."""
-    moments = Moments(dimensions)
-    for batch in batches:
-        moments.update(batch)
-    return moments
 
 
 def frechet_distance(first: Gaussian, second: Gaussian) -> float:

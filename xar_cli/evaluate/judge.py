@@ -90,7 +90,7 @@ class Judge:
             note,
         )
         if self.extrapolate:
-            estimate = metrics.frechet_at_infinity(features, reference, self.labels)
+            estimate = metrics.frechet_at_infinity(features, reference, self.labels, with_error=error_bars != "none")
             note = "a line in 1/N, extrapolated to N = infinity"
             if estimate is None:
                 note = f"needs {4 * features.shape[1]} samples, four times the dimensions"

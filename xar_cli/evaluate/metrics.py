@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from xar_cli.evaluate.frechet import Gaussian, Moments, frechet_distance
+from xar_cli.precision import float32_arithmetic
 
 CHUNK = 4096  # rows of a memory-mapped table in memory at a time
 TORCH_FIDELITY_SEED = 2020
@@ -61,8 +62,8 @@ def frechet_with_error(
 
     Args:
         error_bars: `subsets`: jackknife over ten disjoint subsets, each left out in turn. `bootstrap`: twenty sets of N
-            drawn with replacement, of each class as many as it has; classes of fewer than five are taken together.
-            `none`: no error.
+            drawn with replacement, of each class as many as it has; classes of fewer than five are taken together. Far
+            too large below some 20 samples a dimension, for repeated rows look like fewer. `none`: no error.
         labels: (N,) classes, or None.
     """
     rng = np.random.default_rng(seed)
@@ -79,41 +80,65 @@ def frechet_with_error(
     count = min(GROUPS, len(features) // 2) if error_bars == "subsets" else 1
     if count < 2:
         return Estimate(frechet_distance(moments(features).gaussian(), reference))
-    group_of = _ranks_in_class(len(features), labels, rng, spread=True) % count
+    group_of = _dealt(len(features), labels, count, rng)
     parts = [_moments_of_rows(features, np.flatnonzero(group_of == group)) for group in range(count)]
     value = frechet_distance(_together(parts).gaussian(), reference)
-    left_out = np.array([
-        frechet_distance(_together(parts[:group] + parts[group + 1 :]).gaussian(), reference) for group in range(count)
-    ])  # fmt: skip
-    variance = (count - 1) / count * ((left_out - left_out.mean()) ** 2).sum()
-    return Estimate(value, float(np.sqrt(variance)))
+    return Estimate(
+        value,
+        _jackknife([
+            frechet_distance(_together(parts[:group] + parts[group + 1 :]).gaussian(), reference)
+            for group in range(count)
+        ]),
+    )  # fmt: skip
 
 
 def frechet_at_infinity(
-    features: np.ndarray, reference: Gaussian, labels: np.ndarray | None = None, seed: int = 0
+    features: np.ndarray,
+    reference: Gaussian,
+    labels: np.ndarray | None = None,
+    seed: int = 0,
+    with_error: bool = True,
 ) -> Estimate | None:
     """The Frechet distance that infinitely many samples would give: a line in 1/N through ten counts, at 1/N = 0.
 
     The bias of a finite count falls as 1/N (Chong and Forsyth 2020), once N is well above the dimensions D. The counts
     run from N/10, but 2 D at least, to N, evenly in 1/N, each a prefix of one random order, balanced over the classes
-    where labels are known. The error is that of the line's intercept. Fewer than 4 D samples give no line: then None.
+    where labels are known. Fewer than 4 D samples give no line: then None.
+
+    The error is a jackknife of the whole: ten disjoint subsets, each left out in turn, and a line through what is left.
+    How far the ten distances lie from their line would not tell it: their samples are the same ones. It costs ten times
+    the estimate.
     """
     total, dimensions = features.shape
     if total < 4 * dimensions:
         return None
     rng = np.random.default_rng(seed)
+    order = _balanced_order(total, labels, rng)
+    value = _intercept(features, reference, order)
+    if not with_error:
+        return Estimate(value)
+    group_of = _dealt(total, labels, GROUPS, rng)
+    return Estimate(
+        value, _jackknife([_intercept(features, reference, order[group_of[order] != group]) for group in range(GROUPS)])
+    )
+
+
+def _intercept(features: np.ndarray, reference: Gaussian, order: np.ndarray) -> float:
+    """The line of `frechet_at_infinity` at 1/N = 0, through prefixes of these rows."""
+    total, dimensions = len(order), features.shape[1]
     smallest = max(total // 10, 2 * dimensions)
     counts = np.unique(np.rint(1 / np.linspace(1 / total, 1 / smallest, EXTRAPOLATION_POINTS)).astype(int))
-    order = _balanced_order(total, labels, rng)
     running, distances = Moments(dimensions), []
     for before, count in zip([0, *counts[:-1]], counts, strict=True):
         running = running.merged(_moments_of_rows(features, np.sort(order[before:count])))
         distances.append(frechet_distance(running.gaussian(), reference))
-    design = np.stack([np.ones(len(counts)), 1 / counts], axis=1)
-    solution, *_ = np.linalg.lstsq(design, np.array(distances), rcond=None)
-    residual = np.array(distances) - design @ solution
-    spread = residual @ residual / (len(counts) - 2)
-    return Estimate(float(solution[0]), float(np.sqrt(spread * np.linalg.inv(design.T @ design)[0, 0])))
+    return float(np.polynomial.polynomial.polyfit(1 / counts, distances, 1)[0])
+
+
+def _jackknife(left_out: list[float]) -> float:
+    """Standard error of a number, from what it is without each of some equal parts of the samples."""
+    values = np.array(left_out)
+    return float(np.sqrt((len(values) - 1) / len(values) * ((values - values.mean()) ** 2).sum()))
 
 
 def _together(parts: list[Moments]) -> Moments:
@@ -127,22 +152,28 @@ def _moments_of_rows(features: np.ndarray, rows: np.ndarray) -> Moments:
     return result
 
 
-def _ranks_in_class(
-    total: int, labels: np.ndarray | None, rng: np.random.Generator, spread: bool = False
-) -> np.ndarray:
-    """(N,) random place of each row among the rows of its class, from 0, or from anywhere."""
-    ranks = np.empty(total, np.int64)
-    for label in [0] if labels is None else np.unique(labels):
-        rows = np.arange(total) if labels is None else np.flatnonzero(labels == label)
-        ranks[rows] = rng.permutation(len(rows)) + (rng.integers(total) if spread else 0)
-    return ranks
+def _dealt(total: int, labels: np.ndarray | None, count: int, rng: np.random.Generator) -> np.ndarray:
+    """(N,) group of each row: rows are dealt round, class after class, so that groups differ in size by one at most."""
+    classes = _classes(total, labels)
+    order = np.lexsort((rng.random(total), rng.permutation(classes.max() + 1)[classes]))
+    groups = np.empty(total, np.int64)
+    groups[order] = np.arange(total) % count
+    return groups
 
 
 def _balanced_order(total: int, labels: np.ndarray | None, rng: np.random.Generator) -> np.ndarray:
     """A random order of which every prefix has the classes in nearly the proportions of the whole."""
-    ranks = _ranks_in_class(total, labels, rng)
-    sizes = np.full(total, total) if labels is None else np.bincount(labels)[labels]
-    return np.argsort((ranks + rng.random(total)) / sizes, kind="stable")
+    classes = _classes(total, labels)
+    shuffled = np.lexsort((rng.random(total), classes))
+    sizes = np.bincount(classes)
+    place = np.empty(total)
+    place[shuffled] = np.arange(total) - (np.cumsum(sizes) - sizes)[classes[shuffled]]  # among the rows of its class
+    return np.argsort((place + rng.random(total)) / sizes[classes], kind="stable")
+
+
+def _classes(total: int, labels: np.ndarray | None) -> np.ndarray:
+    """(N,) class of each row, counted from 0; all the same without labels."""
+    return np.zeros(total, np.int64) if labels is None else np.unique(labels, return_inverse=True)[1]
 
 
 def _strata(total: int, labels: np.ndarray | None) -> list[np.ndarray]:
@@ -244,6 +275,7 @@ class PrecisionRecall:
     recall: float
 
 
+@float32_arithmetic("fp32")
 def precision_recall(
     features: np.ndarray, reference: np.ndarray, neighbours: int = ADM_NEIGHBOURS, device: str | torch.device = "cpu"
 ) -> PrecisionRecall:
@@ -267,6 +299,7 @@ def precision_recall(
     )
 
 
+@float32_arithmetic("fp32")
 def nearest(features: np.ndarray, reference: np.ndarray, count: int, device: str | torch.device = "cpu") -> np.ndarray:
     """(N, count) indices of the reference rows nearest to each row of `features`, nearest first."""
     generated, real = _on(features, device), _on(reference, device)

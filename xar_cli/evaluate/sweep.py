@@ -75,7 +75,7 @@ def parse_numbers(text: str | None) -> tuple[float, ...]:
         start, stop, step = (float(part) for part in text.split(":"))
     except ValueError:
         raise wrong from None
-    if step <= 0 or stop < start or (stop - start) / step > MAX_POINTS:
+    if not all(map(math.isfinite, (start, stop, step))) or step <= 0 or not 0 <= (stop - start) / step <= MAX_POINTS:
         raise wrong
     return tuple(round(start + index * step, 10) for index in range(int((stop - start) / step + 1e-9) + 1))
 
@@ -119,8 +119,9 @@ def run_sweep(
     wanted = [Point(scale, steps) for scale, steps in itertools.product(guidance_scales, step_counts)]
     if not wanted:
         raise UserError("The sweep has no point.", "Give --guidance-scale and --num-steps.")
-    _check_identity(out, identity)
     done = {found.point: found for found in read_scores(out)}
+    if done:  # a sweep that failed before its first point binds nobody
+        _check_identity(out, identity)
     missing = [point for point in wanted if point not in done]
     if is_main:
         write_json(out / IDENTITY_FILE, identity)
@@ -220,7 +221,11 @@ def _check_identity(out: Path, identity: Mapping[str, Any]) -> None:
     path = out / IDENTITY_FILE
     if not path.is_file():
         return
-    there, here = json.loads(path.read_text(encoding="utf-8")), json.loads(json.dumps(identity))
+    here = json.loads(json.dumps(identity))
+    try:
+        there = dict(json.loads(path.read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError):
+        raise UserError(f"'{path}' is damaged: what its points share is not known.", "Give another --out.") from None
     if "reference_sha256" in there:  # its content counts; a sweep of an older version tells its path alone
         here.pop("reference", None)
     other = [key for key, value in here.items() if there.get(key, value) != value]

@@ -107,6 +107,30 @@ def test_precision_recall_by_hand() -> None:
     assert found.recall == 1.0  # all real ones lie within 29.5 of 0.5
 
 
+def test_a_ball_holds_its_rim() -> None:
+    """Real at 0, 1, 2, with k = 1 in balls of radius 1: a sample at 3 is on the rim of one, one at 3.5 is in none."""
+    real, samples = np.array([[0.0], [1.0], [2.0]]), np.array([[3.0], [3.5], [9.0]])
+    assert metrics.precision_recall(samples, real, neighbours=1).precision == pytest.approx(1 / 3)
+
+
+def test_neighbours_are_found_in_true_float32_after_a_recipe_in_tf32(monkeypatch) -> None:
+    seen = []
+    cdist = torch.cdist
+    torch.backends.cuda.matmul.allow_tf32 = True
+    monkeypatch.setattr(
+        torch, "cdist", lambda *points: seen.append(torch.backends.cuda.matmul.allow_tf32) or cdist(*points)
+    )
+    points = np.zeros((5, 2))
+    try:
+        metrics.precision_recall(points, points)
+        metrics.nearest(points, points, 1)
+        assert torch.backends.cuda.matmul.allow_tf32  # as it was
+    finally:
+        torch.backends.cuda.matmul.allow_tf32 = False
+    assert len(seen) == 5
+    assert not any(seen)
+
+
 def test_precision_recall_needs_neighbours() -> None:
     with pytest.raises(ValueError, match="3 neighbours"):
         metrics.precision_recall(np.zeros((3, 2)), np.zeros((9, 2)))
@@ -119,6 +143,54 @@ def test_error_bars_are_of_the_size_of_the_real_spread(how: str) -> None:
     spread = np.std([frechet_distance(gaussian(rows), reference) for rows in draws])
     stated = np.median([metrics.frechet_with_error(rows, reference, how).error for rows in draws[:15]])
     assert 0.5 < stated / spread < 2
+
+
+@pytest.mark.parametrize("images_per_class", [1, 2, 5, 10])
+def test_labels_that_say_nothing_do_not_change_the_error(images_per_class: int) -> None:
+    """Few samples a dimension: a part that is larger than another has less of the bias, which is no spread."""
+    reference, labels = Gaussian(np.zeros(48), np.eye(48)), np.arange(200) // images_per_class
+    errors = np.array([
+        [metrics.frechet_with_error(rows, reference, "subsets", given, seed).error for given in (labels, None)]
+        for seed in range(6)
+        for rows in [np.random.default_rng(seed).normal(0.05, 1, (200, 48))]
+    ])  # fmt: skip
+    with_labels, without = np.median(errors, axis=0)
+    assert with_labels < 1.5 * without
+
+
+@pytest.mark.parametrize("total", [4, 5, 7])
+def test_a_handful_of_samples_has_an_error_whatever_the_labels(total: int) -> None:
+    rows, reference = float32(total, 2), gaussian(features(50, 2, 1))
+    for ones in range(total):
+        labels = (np.arange(total) >= ones).astype(int)
+        for seed in range(8):
+            assert metrics.frechet_with_error(rows, reference, "subsets", labels, seed).error is not None
+
+
+def test_groups_are_equal_and_have_the_classes_in_proportion() -> None:
+    labels = np.repeat([7, 10**12, -3], [100, 40, 13])
+    groups = metrics._dealt(len(labels), labels, 10, np.random.default_rng(0))
+    assert set(np.bincount(groups)) == {15, 16}
+    for label, size in ((7, 100), (10**12, 40), (-3, 13)):
+        counts = np.bincount(groups[labels == label], minlength=10)
+        assert counts.min() >= size // 10
+        assert counts.max() <= size // 10 + 1
+    assert (groups != metrics._dealt(len(labels), labels, 10, np.random.default_rng(1))).any()
+
+
+def test_a_balanced_order_is_random_and_every_prefix_has_the_classes_in_proportion() -> None:
+    labels = np.repeat([7, 10**12, -3], [100, 40, 13])
+    order = metrics._balanced_order(len(labels), labels, np.random.default_rng(0))
+    assert sorted(order) == list(range(len(labels)))
+    for label, size in ((7, 100), (10**12, 40), (-3, 13)):
+        seen = np.cumsum(labels[order] == label)
+        expected = size * np.arange(1, len(labels) + 1) / len(labels)
+        assert np.abs(seen - expected).max() < 2.5
+        places = order[labels[order] == label]
+        assert (np.diff(places) < 0).any()  # not in the order of the files
+    plain = metrics._balanced_order(200, None, np.random.default_rng(0))
+    assert sorted(plain) == list(range(200))
+    assert abs(np.corrcoef(plain, np.arange(200))[0, 1]) < 0.3
 
 
 def test_the_value_does_not_depend_on_the_error_bars() -> None:
@@ -176,7 +248,30 @@ def test_extrapolation_takes_the_bias_away() -> None:
     at_infinity = np.mean([estimate.value for _, estimate in found if estimate])
     assert biased > 0.05
     assert abs(at_infinity) < 0.3 * biased
-    assert all(estimate is not None and estimate.error > 0 for _, estimate in found)
+
+
+def test_the_error_of_the_extrapolation_is_of_the_size_of_its_spread() -> None:
+    """How far ten distances of the same samples lie from their line would be half of it, or less."""
+    reference, found = Gaussian(np.zeros(8), np.eye(8)), []
+    for seed in range(40):
+        rows = np.random.default_rng(seed).normal(0.1, 1.05, (400, 8))
+        found.append(metrics.frechet_at_infinity(rows, reference, seed=seed))
+    spread = np.std([estimate.value for estimate in found], ddof=1)
+    stated = np.median([estimate.error for estimate in found])
+    assert 0.8 < stated / spread < 1.8
+    assert metrics.frechet_at_infinity(rows, reference, seed=39, with_error=False) == metrics.Estimate(found[-1].value)
+
+
+@pytest.mark.parametrize(("total", "dimensions", "first"), [(1000, 4, 100), (600, 90, 180)])
+def test_the_line_goes_from_a_tenth_of_the_samples_or_two_a_dimension_to_all(
+    monkeypatch, total, dimensions, first
+) -> None:
+    counts, reference = [], gaussian(features(200, dimensions, 1))
+    whole = metrics.Moments.gaussian
+    monkeypatch.setattr(metrics.Moments, "gaussian", lambda moments: counts.append(moments.count) or whole(moments))
+    metrics.frechet_at_infinity(float32(total, dimensions), reference, with_error=False)
+    assert (counts[0], counts[-1], len(counts)) == (first, total, 10)
+    assert np.diff(1 / np.array(counts)) == pytest.approx(-(1 / first - 1 / total) / 9, rel=0.2)
 
 
 def test_extrapolation_needs_more_samples_than_dimensions() -> None:

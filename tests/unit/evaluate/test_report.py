@@ -26,6 +26,7 @@ from xar_cli.evaluate.report import (
     differences_of_sampling,
     facts_of_sampling,
     markdown,
+    metric_rows,
     published_figures,
     report_content,
     show_number,
@@ -289,3 +290,17 @@ def test_images_of_several_sizes_fit_on_one_sheet() -> None:
     picture = sheet(images)
     assert picture.shape == (90 + 4, 2 * 96 + 6, 3)
     assert (picture == 9).all(axis=-1).sum() == 90 * 60 + 60 * 96
+
+
+@pytest.mark.parametrize(("protocol", "theirs"), [("adm", "1.72"), ("torch-fidelity", "")])
+def test_published_figures_stand_beside_those_of_their_own_protocol(protocol: str, theirs: str) -> None:
+    result = {
+        "protocol": protocol,
+        "metrics": {
+            "fid": {"name": "FID-50k", "value": 2.5, "error": 0.1, "note": "n"},
+            "kid": {"name": "KID-50k", "value": 0.1, "error": None, "note": ""},
+        },
+    }
+    assert metric_rows(result, {"fid": 1.72}) == [
+        ("FID-50k", "2.50 ± 0.10", theirs, "n"), ("KID-50k", "0.1", "", "")
+    ]  # fmt: skip

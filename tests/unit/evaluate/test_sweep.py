@@ -42,7 +42,25 @@ def test_numbers(text, numbers) -> None:
     assert parse_numbers(text) == pytest.approx(numbers)
 
 
-@pytest.mark.parametrize("text", ["a", "1:2", "2:1:0.5", "1:2:0", "1:2:-1", "", "0:1:0.0000001", "inf", "1.5,nan"])
+@pytest.mark.parametrize(
+    "text",
+    [
+        "a",
+        "1:2",
+        "2:1:0.5",
+        "1:2:0",
+        "1:2:-1",
+        "",
+        "0:1:0.0000001",
+        "inf",
+        "1.5,nan",
+        "nan:1:1",
+        "1:nan:1",
+        "1:2:nan",
+        "1:2:inf",
+        "1:inf:1",
+    ],
+)
 def test_wrong_numbers(text: str) -> None:
     with pytest.raises(UserError, match="--guidance-scale"):
         parse_numbers(text)
@@ -54,6 +72,36 @@ def test_steps_are_counts_or_schedules() -> None:
     for wrong in ("20,2.5", "0", "a", "40:", "-1", "²"):
         with pytest.raises(UserError, match="no list of step counts"):
             parse_steps(wrong)
+
+
+def test_a_sweep_that_failed_before_its_first_point_binds_nobody(tmp_path) -> None:
+    def fail(point: Point) -> Score:
+        raise UserError("The reference does not fit.", "Give another.")
+
+    with pytest.raises(UserError, match="does not fit"):
+        run_sweep(tmp_path, {"reference_sha256": "a"}, (1.5,), (20,), fail)
+    run_sweep(tmp_path, {"reference_sha256": "b"}, (1.5,), (20,), make_score)
+    with pytest.raises(UserError, match="another reference_sha256"):
+        run_sweep(tmp_path, {"reference_sha256": "a"}, (1.5,), (20,), make_score)
+
+
+@pytest.mark.parametrize("content", ["", "{", "[1]", "1"])
+def test_a_sweep_that_lost_what_its_points_share_is_refused(tmp_path, content) -> None:
+    run_sweep(tmp_path, {"weights": "w"}, (1.5,), (20,), make_score)
+    (tmp_path / "sweep.json").write_text(content)
+    with pytest.raises(UserError, match="is damaged"):
+        run_sweep(tmp_path, {"weights": "w"}, (1.5,), (20,), make_score)
+
+
+def test_points_within_both_errors_of_the_best_are_named() -> None:
+    """2.0 and 2.8 with errors 0.3 and 0.8: closer than the root of the sum of squares, which either alone is not."""
+    best, other, far = (
+        Score(Point(scale, 20), "FID-10k", value, error, 1.0, {})
+        for scale, value, error in ((1.0, 2.0, 0.3), (2.0, 2.84, 0.8), (3.0, 3.0, 0.8))
+    )
+    text = table([best, other, far], best)
+    assert "guidance 2, 20 steps" in text
+    assert "guidance 3, 20 steps" not in text
 
 
 def test_a_sweep_scores_all_names_the_best_and_resumes(tmp_path) -> None:
