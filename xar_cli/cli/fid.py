@@ -121,7 +121,10 @@ def fid(
     drawing = [("--seed", seed), ("--tokenizer-weights", tokenizer_weights)]
     unread = [option for option, value in drawing if samples is not None and value is not None]
     if unread:
-        raise UserError(f"--samples are images that exist: {' and '.join(unread)} would not be read.", "Leave it away.")
+        raise UserError(
+            f"--samples are images that exist: {' and '.join(unread)} would not be read.",
+            f"Leave {'it' if len(unread) == 1 else 'them'} away, or draw with --run.",
+        )
     measure = _measure(
         count=count if samples else None, image_size=_parse_size(image_size), batch_size=batch_size, workers=workers,
         precision=precision, compile=compile_mode, error_bars=error_bars, extrapolate=extrapolate, skip_bad=skip_bad,

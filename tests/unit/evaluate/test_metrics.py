@@ -115,7 +115,7 @@ def test_a_ball_holds_its_rim() -> None:
 
 def test_neighbours_are_found_in_true_float32_after_a_recipe_in_tf32(monkeypatch) -> None:
     seen = []
-    cdist = torch.cdist
+    cdist, before = torch.cdist, torch.backends.cuda.matmul.allow_tf32
     torch.backends.cuda.matmul.allow_tf32 = True
     monkeypatch.setattr(
         torch, "cdist", lambda *points: seen.append(torch.backends.cuda.matmul.allow_tf32) or cdist(*points)
@@ -126,7 +126,7 @@ def test_neighbours_are_found_in_true_float32_after_a_recipe_in_tf32(monkeypatch
         metrics.nearest(points, points, 1)
         assert torch.backends.cuda.matmul.allow_tf32  # as it was
     finally:
-        torch.backends.cuda.matmul.allow_tf32 = False
+        torch.backends.cuda.matmul.allow_tf32 = before
     assert len(seen) == 5
     assert not any(seen)
 
@@ -230,6 +230,12 @@ def test_a_bootstrap_inside_classes_spreads_as_one_without(images_per_class: int
     assert np.median(bootstrap_ratios(np.arange(60) // images_per_class, seeds=40)) == pytest.approx(1, abs=0.12)
 
 
+def test_a_bootstrap_inside_small_classes_makes_up_for_what_they_cannot_vary() -> None:
+    """Drawn from five rows alone the spread is sqrt(4 / 5) = 0.89 of that of new rows."""
+    ratios = bootstrap_ratios(np.arange(300) // 5, seeds=160)
+    assert np.mean(ratios) == pytest.approx(1, abs=0.06)
+
+
 def test_small_classes_beside_large_ones_are_drawn_together() -> None:
     """Forty classes of one image would not vary at all, each drawn from itself."""
     labels = np.array([0] * 10 + [1] * 10 + list(range(2, 42)))
@@ -248,6 +254,15 @@ def test_extrapolation_takes_the_bias_away() -> None:
     at_infinity = np.mean([estimate.value for _, estimate in found if estimate])
     assert biased > 0.05
     assert abs(at_infinity) < 0.3 * biased
+
+
+def test_the_counts_of_the_extrapolation_are_mixtures_of_all_classes() -> None:
+    """Rows sorted by class, with means far apart: the first tenth of them alone would be far from the reference."""
+    labels = np.arange(1000) // 100
+    rows = np.random.default_rng(0).normal(size=(1000, 4)) + 5 * labels[:, None]
+    for given in (labels, None):
+        estimate = metrics.frechet_at_infinity(rows, gaussian(rows), given, with_error=False)
+        assert abs(estimate.value) < 5
 
 
 def test_the_error_of_the_extrapolation_is_of_the_size_of_its_spread() -> None:
