@@ -21,7 +21,7 @@ from xar_cli.evaluate.frechet import Gaussian
 from xar_cli.evaluate.images import ArrayImages, ImageSet, manifest_of_npz, open_images, read_npz
 from xar_cli.evaluate.networks import INCEPTION, FeatureNetwork
 from xar_cli.hub import sha256_of
-from xar_cli.run_dir import is_file, write_atomic
+from xar_cli.run_dir import is_file, is_there, write_atomic
 
 STATISTICS_FORMAT = "xar-statistics"
 STATISTICS_VERSION = 1
@@ -109,6 +109,22 @@ def _require_real(name: str, generated: bool) -> None:
         raise UserError(
             f"'{name}' was given as the reference, but its manifest says that it holds generated samples.",
             "Give it as --samples, and real images as --reference.",
+        )
+
+
+def require_replaceable(path: Path) -> None:
+    """Raise a UserError unless `path` is free, or holds statistics that `write_statistics` wrote and no images."""
+    if not is_there(path):
+        return
+    try:
+        with np.load(path, allow_pickle=False) as arrays:
+            names = set(arrays.files)
+    except Exception:  # another program's file: zipfile, zlib, numpy, each has errors of its own
+        names = set()
+    if "xar" not in names or "arr_0" in names:
+        raise UserError(
+            f"'{path}' is there already, and is no statistics file of `xar fid stats`.",
+            "Give another name, or remove it if you do not need it.",
         )
 
 

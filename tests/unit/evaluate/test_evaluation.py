@@ -117,6 +117,26 @@ def test_statistics_give_the_number_of_the_images(folders, tmp_path) -> None:
     assert through.reference.count == 30
 
 
+@pytest.mark.parametrize("kind", ["images", "foreign", "text", "folder"])
+def test_statistics_never_replace_what_is_no_statistics_file(folders, tmp_path, kind) -> None:
+    out = tmp_path / "out.npz"
+    if kind == "images":
+        np.savez(out, arr_0=make_images(9))
+    elif kind == "foreign":
+        np.savez(out, mu=np.zeros(12), sigma=np.eye(12))
+    elif kind == "text":
+        out.write_text("notes")
+    else:
+        out.mkdir()
+    before = out.read_bytes() if out.is_file() else None
+    source = out if kind == "images" else folders[1]
+    with pytest.raises(UserError, match=r"out\.npz' is there already"):
+        make_statistics(source, out, "adm", settings=QUICK)
+    assert before is None or out.read_bytes() == before
+    make_statistics(folders[1], tmp_path / "ref.npz", "adm", settings=QUICK)
+    make_statistics(folders[0], tmp_path / "ref.npz", "adm", settings=QUICK)  # our own are
+
+
 def test_vgg16_given_with_statistics_alone_does_not_stop_the_rest(folders, tmp_path) -> None:
     make_statistics(folders[1], tmp_path / "ref.npz", "torch-fidelity", settings=QUICK)
     settings = QUICK.model_copy(update={"vgg16_weights": tmp_path / "vgg16.pth"})
