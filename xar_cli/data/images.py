@@ -9,6 +9,7 @@ from __future__ import annotations
 import errno
 import io
 import os
+import stat
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
@@ -214,10 +215,18 @@ def load_image(path: str | Path, image_size: Sides, image_channels: int = 3) -> 
         UserError: the machine failed (`read_failure`).
     """
     try:
-        with open(path, "rb") as file:
+        with open_regular(path) as file:
             return decode_image(file, str(path), image_size, image_channels)
     except (OSError, MemoryError) as error:
         raise read_failure(str(path), error) from None
+
+
+def open_regular(path: str | Path) -> BinaryIO:
+    """A file, opened to be read; an OSError for a pipe or a device, at which reading could wait for ever."""
+    mode = os.stat(path).st_mode
+    if not stat.S_ISREG(mode) and not stat.S_ISDIR(mode):  # a folder fails at once
+        raise OSError(errno.EINVAL, "it is no regular file")
+    return open(path, "rb")
 
 
 def decode_image(file: BinaryIO | bytes, name: str, image_size: Sides, image_channels: int = 3) -> np.ndarray:

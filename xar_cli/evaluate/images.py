@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -18,7 +19,7 @@ import numpy as np
 from PIL import Image
 
 from xar_cli.config.schema import Sides
-from xar_cli.data.images import BadImageError, is_hidden, load_image, printable
+from xar_cli.data.images import BadImageError, is_hidden, load_image, open_regular, printable, read_failure
 from xar_cli.errors import UserError
 from xar_cli.run_dir import is_there
 
@@ -90,7 +91,7 @@ class FolderImages(ImageSet):
 
     def __init__(self, root: Path, image_size: Sides | None = None) -> None:
         self.root, self.name, self.image_size = root, printable(str(root)), image_size
-        paths = (path for path in root.rglob("*") if path.suffix.lower() in IMAGE_SUFFIXES)
+        paths = (path for path in root.rglob("*") if path.suffix.lower() in IMAGE_SUFFIXES and not path.is_dir())
         self.files = sorted((path for path in paths if not any(map(is_hidden, path.relative_to(root).parts))), key=str)
         self.manifest = _read_manifest(root)
         if self.manifest is not None:
@@ -125,19 +126,24 @@ class FolderImages(ImageSet):
         return load_image(path, self.image_size, 3).transpose(1, 2, 0)
 
     def content_hash(self) -> str:
-        """sha256 over the relative names and the bytes of all files, and the crop."""
+        """sha256 over the relative names and the bytes of all files that can be read, and the crop.
+
+        Raises:
+            UserError: the machine failed.
+        """
         digest = hashlib.sha256(f"crop {self.image_size}\n".encode())
         for path in self.files:
             digest.update(str(path.relative_to(self.root)).encode(errors="surrogateescape") + b"\0")
-            digest.update(hashlib.sha256(path.read_bytes()).digest())
+            digest.update(_hash_of_file(path))
         return digest.hexdigest()
 
     def fingerprint(self) -> str:
         """sha256 over names, sizes and times of change: while it stays the same, so does the content hash."""
         digest = hashlib.sha256(f"{self.root.absolute()}\ncrop {self.image_size}\n".encode())
         for path in self.files:
-            status = path.stat()
-            digest.update(f"{path}\0{status.st_size}\0{status.st_mtime_ns}\n".encode(errors="surrogateescape"))
+            status = path.stat() if os.access(path, os.R_OK) else None
+            told = f"{status.st_size}\0{status.st_mtime_ns}" if status else "unreadable"
+            digest.update(f"{path}\0{told}\n".encode(errors="surrogateescape"))
         return digest.hexdigest()
 
     def item_name(self, index: int) -> str:
@@ -275,10 +281,10 @@ def decode_opaque(path: Path) -> np.ndarray:
     """One file as (H, W, 3) uint8, exactly as stored: no crop, no turn, no background put behind it.
 
     Raises:
-        BadImageError: unreadable, more than 8 bits a channel, or pixels that are not opaque.
+        BadImageError: unreadable, no regular file, more than 8 bits a channel, or pixels that are not opaque.
     """
     try:
-        with path.open("rb") as file, Image.open(file) as image:
+        with open_regular(path) as file, Image.open(file) as image:
             image.load()
             if image.mode.startswith(("I", "F")) or _bits_of_png(file) > 8:
                 raise ValueError("it has more than 8 bits a channel; convert it to 8-bit RGB")
@@ -289,6 +295,18 @@ def decode_opaque(path: Path) -> np.ndarray:
     except Exception as error:  # damaged files make Pillow's decoders raise nearly anything
         reason = "it is not an image, or damaged" if isinstance(error, Image.UnidentifiedImageError) else str(error)
         raise BadImageError(str(path), reason.rstrip(".") or type(error).__name__) from None
+
+
+def _hash_of_file(path: Path) -> bytes:
+    """sha256 of the bytes; of none where the file cannot be read, and is a bad image."""
+    try:
+        with open_regular(path) as file:
+            return hashlib.sha256(file.read()).digest()
+    except OSError as error:
+        failure = read_failure(str(path), error)
+        if not isinstance(failure, BadImageError):
+            raise failure from None
+        return hashlib.sha256().digest()
 
 
 def _bits_of_png(file: BinaryIO) -> int:

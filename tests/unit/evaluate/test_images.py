@@ -163,6 +163,24 @@ def test_transparent_deep_and_damaged_files_are_refused_by_name(tmp_path) -> Non
             decode_opaque(tmp_path / f"{name}.png")
 
 
+@pytest.mark.parametrize("image_size", [None, 8])
+def test_what_is_no_regular_file_is_a_bad_image_and_a_folder_is_none(tmp_path, image_size) -> None:
+    """Reading a pipe would wait for ever for somebody who writes into it."""
+    write_folder(tmp_path / "album.png", IMAGES[:1])
+    (tmp_path / "album.png" / "dangling.png").symlink_to("nowhere")
+    os.mkfifo(tmp_path / "album.png" / "pipe.png")
+    images = open_images(tmp_path, image_size)
+    assert [path.name for path in images.files] == ["000000.png", "dangling.png", "pipe.png"]
+    first = images.content_hash(), images.fingerprint()
+    for index, why in ((1, "No such file"), (2, "no regular file")):
+        with pytest.raises(BadImageError, match=why):
+            images.load(index)
+    Image.fromarray(IMAGES[1]).save(tmp_path / "album.png" / "nowhere", "PNG")  # what was missing comes back
+    assert images.content_hash() != first[0]
+    assert images.fingerprint() != first[1]
+    assert images.load(1).shape[2] == 3
+
+
 def test_crop_takes_photographs_of_any_shape(tmp_path) -> None:
     Image.fromarray(make_images(1, size=64)[0][:40]).save(tmp_path / "wide.png")
     assert open_images(tmp_path, image_size=16).load(0).shape == (16, 16, 3)
