@@ -15,6 +15,7 @@ import torch
 from pydantic import Field
 
 from xar_cli.config.schema import Section, Sides, height_and_width, pixels_text, sides_text
+from xar_cli.data.images import BadImageError
 from xar_cli.device_memory import memory_for
 from xar_cli.distributed import Ranks
 from xar_cli.errors import UserError
@@ -276,7 +277,7 @@ def _size_of(images: ImageSet) -> tuple[int, int] | None:
     for index in range(min(len(images), 3)):
         try:
             shape = images.load(index).shape
-        except UserError:
+        except BadImageError:
             continue
         return shape[0], shape[1]
     return None

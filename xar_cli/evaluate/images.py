@@ -60,6 +60,7 @@ class ImageSet(ABC):
 
         Raises:
             BadImageError: the image cannot be read or judged.
+            UserError: the machine failed.
         """
 
     @abstractmethod
@@ -282,6 +283,7 @@ def decode_opaque(path: Path) -> np.ndarray:
 
     Raises:
         BadImageError: unreadable, no regular file, more than 8 bits a channel, or pixels that are not opaque.
+        UserError: the machine failed (`read_failure`).
     """
     try:
         with open_regular(path) as file, Image.open(file) as image:
@@ -293,8 +295,7 @@ def decode_opaque(path: Path) -> np.ndarray:
                 raise ValueError("it has transparent pixels; flatten it onto a background of your choice")
             return np.asarray(image.convert("RGB"))
     except Exception as error:  # damaged files make Pillow's decoders raise nearly anything
-        reason = "it is not an image, or damaged" if isinstance(error, Image.UnidentifiedImageError) else str(error)
-        raise BadImageError(str(path), reason.rstrip(".") or type(error).__name__) from None
+        raise read_failure(str(path), error) from None
 
 
 def _hash_of_file(path: Path) -> bytes:

@@ -235,13 +235,31 @@ def _npz(folder, **arrays):
     return folder / "file.npz"
 
 
-def test_a_machine_that_cannot_read_promises_nothing_that_is_stored(tmp_path, monkeypatch) -> None:
+@pytest.mark.parametrize("image_size", [None, 8])
+def test_a_machine_that_cannot_read_promises_nothing_that_is_stored(tmp_path, monkeypatch, image_size) -> None:
     def fail(*_):
         raise OSError(errno.ESTALE, os.strerror(errno.ESTALE))
 
-    images = open_images(write_folder(tmp_path / "folder", IMAGES), image_size=8)
+    images = open_images(write_folder(tmp_path / "folder", IMAGES), image_size)
     monkeypatch.setattr(data_images, "open", fail, raising=False)
     with pytest.raises(UserError, match="Stale file handle") as caught:
         images.load(0)
     assert not isinstance(caught.value, BadImageError)
     assert caught.value.next_step == "That is the machine, not the file: mend it, and give the same command again."
+    with pytest.raises(UserError, match="Stale file handle"):
+        images.content_hash()
+
+
+@pytest.mark.parametrize("error", [MemoryError(), OSError(errno.EMFILE, os.strerror(errno.EMFILE))])
+def test_lack_of_memory_or_files_while_decoding_is_no_bad_image(tmp_path, monkeypatch, error) -> None:
+    """--skip-bad would leave out what is sound."""
+
+    def fail(*_):
+        raise error
+
+    path = write_folder(tmp_path / "folder", IMAGES) / "000000.png"
+    monkeypatch.setattr(Image, "open", fail)
+    with pytest.raises(UserError, match=r"Reading .* failed") as caught:
+        decode_opaque(path)
+    assert not isinstance(caught.value, BadImageError)
+    assert caught.value.exit_code == 1
