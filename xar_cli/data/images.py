@@ -139,7 +139,7 @@ def list_classes(
     """
     if not is_there(root) or not root.is_dir():
         raise UserError(f"There is no folder '{printable(str(root))}'.", "Check the path.")
-    return sort_into_classes(list(_walk(root)), str(root), suffixes, what)
+    return sort_into_classes(list(walk(root)), str(root), suffixes, what)
 
 
 def sort_into_classes(
@@ -308,8 +308,13 @@ def _reason(error: Exception) -> str:
     return text.rstrip(".")
 
 
-def _walk(root: Path) -> Iterator[str]:
-    """Paths of all files below `root`, and of folders that hold nothing, these with a slash at the end."""
+def walk(root: Path) -> Iterator[str]:
+    """Paths of all files below `root` that are not hidden, and of folders that hold nothing, these with a slash at the
+    end. Links to folders are followed.
+
+    Raises:
+        UserError: a folder that cannot be read, or a link that leads back to a folder above it.
+    """
     pending: list[tuple[str, tuple[tuple[int, int], ...]]] = [("", ())]
     while pending:
         relative, above = pending.pop()

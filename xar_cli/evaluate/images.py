@@ -19,11 +19,19 @@ import numpy as np
 from PIL import Image
 
 from xar_cli.config.schema import Sides
-from xar_cli.data.images import BadImageError, is_hidden, load_image, open_regular, printable, read_failure
+from xar_cli.data.images import (
+    BadImageError,
+    is_image_name,
+    load_image,
+    open_regular,
+    printable,
+    read_failure,
+    sort_into_classes,
+    walk,
+)
 from xar_cli.errors import UserError
 from xar_cli.run_dir import is_there
 
-IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg")
 HDF5_SUFFIXES = (".h5", ".hdf5")
 MANIFEST = "manifest.json"
 MANIFEST_FORMAT = "xar-samples"
@@ -81,26 +89,32 @@ class ImageSet(ABC):
 
 
 class FolderImages(ImageSet):
-    """PNG and JPEG files of a folder and the folders inside it, sorted by path as torch-fidelity and clean-fid sort.
+    """The images that a latent cache of the folder holds, sorted by path as torch-fidelity and clean-fid sort.
 
-    Labels come from `manifest.json` where `xar sample` left one, else from the first folder level, one folder a class.
+    Labels come from `manifest.json` where `xar sample` left one, else from the first folder level, one folder a class;
+    images right in the folder count only where no folder inside holds images.
 
     Args:
         root: the folder.
         image_size: None takes each file as it is; a side, or (height, width), takes ADM's centre crop of that size.
+
+    Raises:
+        UserError: as `ImageFolder`; a folder inside without images is let be.
     """
 
     def __init__(self, root: Path, image_size: Sides | None = None) -> None:
         self.root, self.name, self.image_size = root, printable(str(root)), image_size
-        paths = (path for path in root.rglob("*") if path.suffix.lower() in IMAGE_SUFFIXES and not path.is_dir())
-        self.files = sorted((path for path in paths if not any(map(is_hidden, path.relative_to(root).parts))), key=str)
         self.manifest = _read_manifest(root)
+        names = [name for name in walk(root) if is_image_name(name)]
         if self.manifest is not None:
+            self.files = [root / name for name in sorted(names)]
             self._label_by_manifest(self.manifest)
-        elif all(path.parent != root for path in self.files):
-            names = [path.relative_to(root).parts[0] for path in self.files]
-            classes, labels = np.unique(names, return_inverse=True)
-            self.class_names, self.labels = [printable(name) for name in classes.tolist()], labels.astype(np.int64)
+            return
+        classes, names, labels = sort_into_classes(names, str(root))
+        order = sorted(range(len(names)), key=names.__getitem__)
+        self.files = [root / names[index] for index in order]
+        if classes:
+            self.class_names, self.labels = [printable(name) for name in classes], labels[order]
 
     def _label_by_manifest(self, manifest: Mapping[str, Any]) -> None:
         self.files = [path for path in self.files if path.parent == self.root and path.stem.isdecimal()]
@@ -270,11 +284,9 @@ def open_images(source: Path | ImageSet, image_size: Sides | None = None) -> Ima
     elif source.suffix in HDF5_SUFFIXES:
         images = _open_hdf5(source)
     else:
-        raise UserError(
-            f"'{source}' is neither a folder nor an .npz or .h5 file.", "Give a folder of PNG or JPEG images."
-        )
+        raise UserError(f"'{source}' is neither a folder nor an .npz or .h5 file.", "Give a folder of images.")
     if len(images) == 0:
-        raise UserError(f"'{images.name}' holds no PNG or JPEG image.", "Give the folder that holds the images.")
+        raise UserError(f"'{images.name}' holds no image.", "Give the folder or file that holds the images.")
     return images
 
 

@@ -15,7 +15,7 @@ from PIL import Image
 
 from tests.unit.evaluate.conftest import make_images, write_folder
 from xar_cli.data import images as data_images
-from xar_cli.data.images import BadImageError
+from xar_cli.data.images import BadImageError, ImageFolder
 from xar_cli.errors import UserError
 from xar_cli.evaluate.images import ArrayImages, GeneratedImages, decode_opaque, open_images, read_npz
 
@@ -67,6 +67,23 @@ def test_labels_come_from_subfolders(tmp_path) -> None:
     assert opened.class_names == ["ant", "cat"]
     assert opened.labels.tolist() == [0, 1, 1]
     assert opened.class_name(1) == "cat"
+
+
+def test_a_folder_holds_what_a_latent_cache_of_it_holds(tmp_path, caplog) -> None:
+    """Links to class folders are followed, all kinds of image count, and images beside class folders do not."""
+    write_folder(tmp_path / "elsewhere", IMAGES[:2])
+    root = tmp_path / "root"
+    write_folder(root / "ant", IMAGES[2:4], ".webp")
+    (root / "bee").symlink_to(tmp_path / "elsewhere")
+    (root / "notes").mkdir()  # a cache refuses a class without images; here it changes nothing
+    Image.fromarray(IMAGES[4]).save(root / "stray.png")
+    opened = open_images(root)
+    (root / "notes").rmdir()
+    cached = ImageFolder(root)
+    assert [str(path.relative_to(root)) for path in opened.files] == cached.names
+    assert opened.class_names == list(cached.class_names)
+    assert opened.labels.tolist() == cached.labels.tolist() == [0, 0, 1, 1]
+    assert "1 images lie beside the class folders" in caplog.text
 
 
 def test_packed_samples_keep_their_manifest(tmp_path) -> None:
@@ -191,7 +208,7 @@ def test_crop_takes_photographs_of_any_shape(tmp_path) -> None:
     ("make", "message"),
     [
         (lambda path: path / "absent", "nothing at"),
-        (lambda path: path, "holds no PNG or JPEG"),
+        (lambda path: path, "no images in"),
         (lambda path: _text(path / "notes.txt"), "neither a folder"),
         (lambda path: _text(path / "broken.npz"), "cannot be read as an .npz"),
         (lambda path: _text(path / "broken.h5"), "cannot be read as an HDF5"),
