@@ -274,7 +274,7 @@ def _size_of(images: ImageSet) -> tuple[int, int] | None:
     if images.generated:
         size = (images.manifest or {}).get("image_size")
         return None if size is None else height_and_width(size)
-    for index in range(min(len(images), 3)):
+    for index in range(len(images)):  # the first is enough, unless it is bad
         try:
             shape = images.load(index).shape
         except BadImageError:

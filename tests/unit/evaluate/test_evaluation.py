@@ -257,6 +257,16 @@ def test_a_reference_of_another_resolution_is_refused(folders, tmp_path) -> None
         evaluate(folders[0], tmp_path / "other.npz", "adm", settings=QUICK)
 
 
+@pytest.mark.parametrize("side", [0, 1])
+def test_another_resolution_is_seen_behind_bad_images(folders, fake_networks, tmp_path, side: int) -> None:
+    pair = [folders[0], write_folder(tmp_path / "other", make_images(8, size=64))]
+    for index in range(6):
+        (pair[side] / f"{index:06d}.png").write_bytes(b"no")
+    with pytest.raises(UserError, match=r"32 x 32 pixels and the reference .* 64 x 64"):
+        evaluate(*pair, "adm", settings=QUICK.model_copy(update={"skip_bad": True}))
+    assert fake_networks["inception"].images_seen == 0
+
+
 def test_a_cropped_reference_of_another_resolution_is_refused(folders, tmp_path) -> None:
     """--image-size crops files; a batch in an array keeps its size, which then is another one."""
     batch = ArrayImages(make_images(22, size=64), "batch")
