@@ -118,16 +118,16 @@ class FolderImages(ImageSet):
 
     def _label_by_manifest(self, manifest: Mapping[str, Any]) -> None:
         self.files = [path for path in self.files if path.parent == self.root and path.stem.isdecimal()]
-        labels = manifest.get("labels")
-        if not labels or not _has_classes(manifest):
+        if not manifest.get("labels") or not _has_classes(manifest):
             return
+        labels = checked_labels(manifest["labels"], f"{self.name}/{MANIFEST}", manifest.get("class_names"))
         indices = [int(path.stem) for path in self.files]
         if indices and max(indices) >= len(labels):
             raise UserError(
                 f"'{self.root}' holds image {max(indices)}, and its {MANIFEST} knows only {len(labels)}.",
                 "Sample again into an empty folder.",
             )
-        self.labels = np.array([labels[index] for index in indices], dtype=np.int64)
+        self.labels = labels[indices]
         self.class_names = manifest.get("class_names")
 
     def __len__(self) -> int:
@@ -185,12 +185,12 @@ class ArrayImages(ImageSet):
                 f"'{name}' holds an array of shape {shape} and type {images.dtype} where images are expected.",
                 "Store images as (N, H, W, 3) of 8-bit integers, 0 to 255.",
             )
-        if labels is not None and len(labels) != len(images):
+        self.labels = None if labels is None else checked_labels(labels, name)
+        if self.labels is not None and len(self.labels) != len(images):
             raise UserError(
-                f"'{name}' holds {len(images)} images and {len(labels)} labels.", "Give one label for each image."
+                f"'{name}' holds {len(images)} images and {len(self.labels)} labels.", "Give one label for each image."
             )
         self.images, self.name = images, name
-        self.labels = None if labels is None else np.asarray(labels, np.int64)
 
     def adopt(self, manifest: Mapping[str, Any] | None) -> None:
         """Take over what a manifest of these images tells; None tells nothing."""
@@ -199,6 +199,8 @@ class ArrayImages(ImageSet):
         self.manifest, self.class_names = manifest, manifest.get("class_names")
         if not _has_classes(manifest):
             self.labels = None
+        elif self.labels is not None:
+            checked_labels(self.labels, self.name, self.class_names)
 
     def __len__(self) -> int:
         return len(self.images)
@@ -262,6 +264,35 @@ class GeneratedImages(ImageSet):
     def content_hash(self) -> str:
         """sha256 over the identity and the labels."""
         return hashlib.sha256(self.identity.encode() + self._asked.tobytes()).hexdigest()
+
+
+def checked_labels(labels: Any, name: str, class_names: Sequence[str] | None = None) -> np.ndarray:
+    """Labels as (N,) int64.
+
+    Args:
+        labels: an array, or what a manifest has.
+        name: what to call their place in an error.
+        class_names: of the classes that there are, where they have names.
+
+    Raises:
+        UserError: they are no class numbers.
+    """
+    try:
+        found = np.asarray(labels)
+    except ValueError:  # lists of unequal length
+        found = np.array(None)
+    fault = None
+    if found.ndim != 1:
+        fault = f"their shape is {found.shape}"
+    elif len(found) and not np.issubdtype(found.dtype, np.integer):
+        fault = f"they are no integers (type {found.dtype})"
+    elif (found.astype(np.int64) < 0).any():
+        fault = "some are negative"
+    elif class_names and len(found) and found.max() >= len(class_names):
+        fault = f"{found.max()} is among them, and only {len(class_names)} classes have names"
+    if fault:
+        raise UserError(f"The labels in '{name}' are wrong: {fault}.", "Store the number of its class for each image.")
+    return found.astype(np.int64)
 
 
 def open_images(source: Path | ImageSet, image_size: Sides | None = None) -> ImageSet:
@@ -359,7 +390,7 @@ def manifest_of_npz(path: Path, arrays: Mapping[str, np.ndarray]) -> Mapping[str
         UserError: the manifest is damaged.
     """
     labels, beside = arrays.get("arr_1"), path.parent / MANIFEST
-    if labels is None or not beside.is_file():
+    if labels is None or labels.ndim != 1 or not beside.is_file():
         return None
     try:
         manifest = _checked_manifest(json.loads(beside.read_text(encoding="utf-8")), beside)
@@ -375,12 +406,15 @@ def _open_hdf5(path: Path) -> ImageSet:
         file = h5py.File(path, "r")
     except OSError as error:
         raise UserError(f"'{path}' cannot be read as an HDF5 file ({error}).", "Make it again.") from None
-    if "images" not in file:
+    if not isinstance(file.get("images"), h5py.Dataset):
         raise UserError(
             f"'{path}' holds no dataset 'images' (it has: {', '.join(file)}).",
             "A latent cache holds no images: give the folder that it was made from.",
         )
-    images = ArrayImages(file["images"], printable(str(path)), file["labels"][:] if "labels" in file else None)
+    labels = file.get("labels")
+    if labels is not None and not isinstance(labels, h5py.Dataset):
+        raise UserError(f"'labels' of '{path}' is no dataset.", "Store the number of its class for each image.")
+    images = ArrayImages(file["images"], printable(str(path)), None if labels is None else labels[()])
     try:
         manifest = json.loads(file.attrs.get(MANIFEST_ATTRIBUTE, "null"))
     except (ValueError, TypeError):  # another program's attribute

@@ -18,6 +18,7 @@ from xar_cli.data import images as data_images
 from xar_cli.data.images import BadImageError, ImageFolder
 from xar_cli.errors import UserError
 from xar_cli.evaluate.images import ArrayImages, GeneratedImages, decode_opaque, open_images, read_npz
+from xar_cli.evaluate.reference import open_reference
 
 IMAGES = make_images(5, size=16)
 
@@ -213,6 +214,7 @@ def test_crop_takes_photographs_of_any_shape(tmp_path) -> None:
         (lambda path: _text(path / "broken.npz"), "cannot be read as an .npz"),
         (lambda path: _text(path / "broken.h5"), "cannot be read as an HDF5"),
         (lambda path: _npz(path, mu=np.zeros(3)), "holds no images"),
+        (lambda path: _npz(path, arr_0=np.zeros((0, 8, 8, 3), np.uint8), arr_1=[]), "file.npz' holds no image"),
         (lambda path: _npz(path, arr_0=np.zeros((2, 8, 8, 3))), "type float64"),
         (lambda path: _npz(path, arr_0=np.zeros((2, 3, 8, 8), np.uint8)), "shape"),
         (lambda path: _npz(path, arr_0=np.zeros((2, 8, 8, 3), np.uint8), arr_1=np.zeros(3, int)), "3 labels"),
@@ -221,6 +223,56 @@ def test_crop_takes_photographs_of_any_shape(tmp_path) -> None:
 def test_what_is_no_image_set_is_refused(tmp_path, make, message: str) -> None:
     with pytest.raises(UserError, match=message):
         open_images(make(tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("labels", "message"),
+    [
+        ([0, 1, -1, 0, 1], "some are negative"),
+        (np.array([2**63] * 5, np.uint64), "some are negative"),
+        (np.eye(5, dtype=int), r"shape is \(5, 5\)"),
+        (list("abcde"), "no integers"),
+        (np.arange(5) + 0.5, r"no integers \(type float64\)"),
+        (3, r"shape is \(\)"),
+    ],
+)
+def test_labels_that_are_no_class_numbers_are_refused(tmp_path, labels, message: str) -> None:
+    (tmp_path / "manifest.json").write_text(json.dumps({"format": "xar-samples", "labels": [0]}))
+    with pytest.raises(UserError, match=f"labels in .*file.npz' are wrong: .*{message}"):
+        open_images(_npz(tmp_path, arr_0=IMAGES, arr_1=labels))
+    assert open_reference(tmp_path / "file.npz").images is not None  # which reads no labels
+    with h5py.File(tmp_path / "file.h5", "w") as file:
+        file["images"], file["labels"] = IMAGES, labels
+    with pytest.raises(UserError, match=r"labels in .*file.h5' are wrong"):
+        open_images(tmp_path / "file.h5")
+
+
+@pytest.mark.parametrize("labels", [["a"] * 5, [None] * 5, [[0], [1, 2], 0, 0, 0], [0, 1, 2, 0, 1], [0.5] * 5])
+def test_labels_of_a_manifest_that_are_no_class_numbers_are_refused(tmp_path, labels) -> None:
+    """Those of classes without a name are none either."""
+    manifest = json.dumps({"format": "xar-samples", "labels": labels, "class_names": ["ant", "bee"]})
+    folder = write_folder(tmp_path / "samples", IMAGES)
+    (folder / "manifest.json").write_text(manifest)
+    with pytest.raises(UserError, match=r"labels in .*samples/manifest.json' are wrong"):
+        open_images(folder)
+
+
+def test_packed_labels_without_a_class_name_are_refused(tmp_path) -> None:
+    with h5py.File(tmp_path / "samples.h5", "w") as file:
+        file["images"], file["labels"] = IMAGES, np.arange(5)
+        file.attrs["manifest"] = json.dumps({"format": "xar-samples", "class_names": list("abcd")})
+    with pytest.raises(UserError, match="4 is among them, and only 4 classes have names"):
+        open_images(tmp_path / "samples.h5")
+
+
+@pytest.mark.parametrize("name", ["images", "labels"])
+def test_an_hdf5_group_in_place_of_an_array_is_refused(tmp_path, name) -> None:
+    with h5py.File(tmp_path / "file.h5", "w") as file:
+        file.create_group(name)
+        if name == "labels":
+            file["images"] = IMAGES
+    with pytest.raises(UserError, match="no dataset"):
+        open_images(tmp_path / "file.h5")
 
 
 def test_npz_with_python_objects_is_refused(tmp_path) -> None:
