@@ -93,7 +93,7 @@ def extract(
         f"{TABLE_VERSION}/{content_hash}/{selection}/{network.identity}/{skip_bad}".encode()
     ).hexdigest()
     final = cache / key if cache is not None and images.keep_features else None
-    if final is not None and ranks.gather((final / DONE).is_file())[0]:
+    if final is not None and ranks.on_main(lambda: _is_stored(final, network)):
         log.info(f"features of {images.name} ({network.name}) are in the cache")
         return _open_table(final, network)
     row_bytes = 4 * sum(network.layers.values())
@@ -338,6 +338,19 @@ def _finish(
     size = next(outcome.image_size for outcome in outcomes if outcome.image_size is not None)
     skipped = [images.item_name(int(indices[row])) for row in bad]
     write_json(folder / DONE, {"network": network.identity, "image_size": size, "skipped": skipped})
+
+
+def _is_stored(folder: Path, network: FeatureNetwork) -> bool:
+    """Whether a table is in the cache; a damaged one is removed, to be made again."""
+    if not folder.exists():
+        return False
+    try:
+        _open_table(folder, network)
+    except (FileNotFoundError, EOFError, KeyError, TypeError, ValueError) as error:
+        log.warning(f"the features in '{folder}' are damaged and are made again ({error})")
+        shutil.rmtree(folder)
+        return False
+    return True
 
 
 def _open_table(folder: Path, network: FeatureNetwork) -> FeatureTable:

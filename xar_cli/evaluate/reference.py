@@ -30,6 +30,7 @@ SUFFIX_OF_LAYER = {
     "spatial": "_s",
 }  # ADM's names: mu, sigma of the pool, mu_s, sigma_s of the spatial layer
 SYMMETRY_TOLERANCE = 1e-5
+MAKE_AGAIN = "Make or fetch them again."
 
 
 @dataclass
@@ -150,7 +151,7 @@ def _open_npz(path: Path) -> Reference:
     arrays, name = read_npz(path), printable(str(path))
     _require_real(name, manifest_of_npz(path, arrays) is not None)
     images = ArrayImages(arrays["arr_0"], name) if "arr_0" in arrays else None
-    origin = json.loads(str(arrays["xar"])) if "xar" in arrays else {}
+    origin = _read_origin(path, arrays["xar"]) if "xar" in arrays else {}
     statistics = {
         layer: _checked_gaussian(path, arrays, suffix)
         for layer, suffix in SUFFIX_OF_LAYER.items()
@@ -164,10 +165,21 @@ def _open_npz(path: Path) -> Reference:
     return Reference(name, sha256_of(path), images, statistics, origin.get("network", INCEPTION), origin)
 
 
+def _read_origin(path: Path, text: np.ndarray) -> Mapping[str, Any]:
+    """What `write_statistics` wrote beside them."""
+    try:
+        origin = json.loads(str(text))
+    except ValueError:
+        origin = None
+    if not isinstance(origin, dict):
+        raise UserError(f"'{path}' is damaged: what it says of itself is no JSON object.", MAKE_AGAIN)
+    return origin
+
+
 def _checked_gaussian(path: Path, arrays: Mapping[str, np.ndarray], suffix: str) -> Gaussian:
     mu, sigma = arrays["mu" + suffix], arrays["sigma" + suffix]
     fault = None
-    if mu.ndim != 1 or sigma.shape != (len(mu), len(mu)):
+    if mu.ndim != 1 or not len(mu) or sigma.shape != (len(mu), len(mu)):
         fault = f"shapes {mu.shape} and {sigma.shape} do not belong together"
     elif not (np.issubdtype(mu.dtype, np.floating) and np.issubdtype(sigma.dtype, np.floating)):
         fault = f"types {mu.dtype} and {sigma.dtype} are no floating-point numbers"
@@ -178,5 +190,5 @@ def _checked_gaussian(path: Path, arrays: Mapping[str, np.ndarray], suffix: str)
     elif (np.diagonal(sigma) < 0).any():
         fault = "a variance is negative"
     if fault:
-        raise UserError(f"The statistics in '{path}' are wrong: {fault}.", "Make or fetch them again.")
+        raise UserError(f"The statistics in '{path}' are wrong: {fault}.", MAKE_AGAIN)
     return Gaussian(mu, sigma)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import signal
 from concurrent.futures import ThreadPoolExecutor
 from typing import get_args
@@ -104,6 +105,34 @@ def test_features_are_cached_by_content(folders, fake_networks, tmp_path) -> Non
     assert fake_networks["inception"].images_seen == 24  # the samples alone
     assert changed.frechet_distance != first.frechet_distance
     assert not list((tmp_path / "cache").glob(".*"))  # no half-made table is left
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        *(("table.json", content) for content in (None, b"{", b"[]", b"{}")),
+        *(("pool.npy", content) for content in (None, b"", b"\x93NUMPY\x01")),
+        ("rows.npy", b"?"),
+    ],
+)
+def test_damaged_features_in_the_cache_are_made_again(folders, fake_networks, tmp_path, name, content) -> None:
+    settings = QUICK.model_copy(update={"feature_cache": tmp_path / "cache"})
+    first = evaluate(*folders, "adm", settings=settings)
+    for file in (tmp_path / "cache").glob(f"*/{name}"):
+        file.unlink() if content is None else file.write_bytes(content)
+    again = evaluate(*folders, "adm", settings=settings)
+    assert fake_networks["inception"].images_seen == 24 + 32
+    assert again.first.metrics == first.first.metrics
+    evaluate(*folders, "adm", settings=settings)
+    assert fake_networks["inception"].images_seen == 0
+
+
+def test_a_cut_off_table_in_the_cache_is_made_again(folders, tmp_path) -> None:
+    settings = QUICK.model_copy(update={"feature_cache": tmp_path / "cache"})
+    first = evaluate(*folders, "adm", settings=settings)
+    for file in (tmp_path / "cache").glob("*/pool.npy"):
+        os.truncate(file, file.stat().st_size - 100)
+    assert evaluate(*folders, "adm", settings=settings).first.metrics == first.first.metrics
 
 
 def test_statistics_give_the_number_of_the_images(folders, tmp_path) -> None:
