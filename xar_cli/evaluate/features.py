@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import itertools
 import json
+import re
 import shutil
 import signal
 import tempfile
@@ -35,6 +36,8 @@ from xar_cli.stopping import stop_between_pieces
 TABLE_VERSION = 1
 DONE = "table.json"
 MIXED_SIZES_STEP = "Give images of one size, or --image-size SIDE (or HEIGHTxWIDTH) for ADM's centre crop."
+HALF_MADE = re.compile(r"\.([0-9a-f]{16}\.|features-)[a-z0-9_]{8}")  # names of the folders of `_make_folder`
+LEFTOVER_SECONDS = 24 * 3600.0  # for which nobody has written into one whose process is gone
 BATCHES_AHEAD = 2  # batches that threads decode while the network works
 
 
@@ -168,7 +171,7 @@ def _extract_rows(
     check = _SizeCheck(network, images)
     try:
         with (
-            stop_between_pieces(signal.SIGINT) as stop,
+            stop_between_pieces(signal.SIGINT, signal.SIGTERM) as stop,
             progress(last - first, f"features ({network.name})", enabled=ranks.is_main) as display,
         ):
             for rows, loaded in _batches(images, network, indices, first, last, batch_size, workers):
@@ -280,6 +283,7 @@ def _make_folder(
         try:
             if cache is not None:
                 cache.mkdir(parents=True, exist_ok=True)
+                _remove_leftovers(cache)
             if final is None:
                 holder = tempfile.TemporaryDirectory(prefix=".features-", dir=cache)
                 path = Path(holder.name)
@@ -302,6 +306,19 @@ def _make_folder(
             "Give --feature-cache on a disk shared by all machines.",
         )
     return holder, path
+
+
+def _remove_leftovers(cache: Path) -> None:
+    """Remove the half-made tables of processes that were killed."""
+    for folder in cache.iterdir():
+        if not HALF_MADE.fullmatch(folder.name):
+            continue
+        try:
+            touched = max(path.stat().st_mtime for path in (folder, *folder.iterdir()))
+        except OSError:  # its process is finishing it just now
+            continue
+        if time.time() - touched > LEFTOVER_SECONDS:
+            shutil.rmtree(folder, ignore_errors=True)
 
 
 def _exchange(outcome: _Outcome, network: FeatureNetwork, ranks: Ranks) -> list[_Outcome]:

@@ -59,6 +59,38 @@ def test_ctrl_c_never_breaks_into_the_handing_over_of_images(folders, monkeypatc
     assert len(calls) <= 1 + 3 * QUICK.batch_size  # the batch in work, and those that are decoded ahead of it
 
 
+def test_sigterm_leaves_no_half_made_table_in_the_cache(folders, tmp_path, monkeypatch) -> None:
+    real, begun = ThreadPoolExecutor.submit, []
+
+    def submit(self, *arguments):
+        begun.append(list((tmp_path / "cache").glob(".*")))
+        if len(begun) == 10:
+            signal.raise_signal(signal.SIGTERM)
+        return real(self, *arguments)
+
+    monkeypatch.setattr(ThreadPoolExecutor, "submit", submit)
+    with pytest.raises(SystemExit) as caught:
+        evaluate(*folders, "adm", settings=QUICK.model_copy(update={"feature_cache": tmp_path / "cache"}))
+    assert caught.value.code == 143
+    assert begun[0]
+    assert not list((tmp_path / "cache").glob(".*"))
+
+
+def test_half_made_tables_of_killed_processes_go_after_a_day(folders, tmp_path) -> None:
+    cache = tmp_path / "cache"
+    old = [cache / name for name in (".0123456789abcdef.abcd_123", ".features-abcd_123", ".notes", ".0123.backup")]
+    busy, fresh = cache / ".0123456789abcdef.busy1234", cache / ".0123456789abcdef.fresh123"
+    for folder in (*old, busy, fresh):
+        folder.mkdir(parents=True)
+        (folder / "pool.npy").touch()
+        if folder not in (busy, fresh):
+            os.utime(folder / "pool.npy", (0, 0))
+        if folder != fresh:
+            os.utime(folder, (0, 0))
+    evaluate(*folders, "adm", settings=QUICK.model_copy(update={"feature_cache": cache}))
+    assert sorted(cache.glob(".*")) == sorted((*old[2:], busy, fresh))
+
+
 def test_what_each_protocol_reports(folders) -> None:
     found = evaluate(*folders, ["adm", "torch-fidelity", "clean-fid"], settings=QUICK)
     keys = {name: list(result.metrics) for name, result in found.results.items()}
