@@ -18,7 +18,7 @@ import h5py
 import numpy as np
 from PIL import Image
 
-from xar_cli.config.schema import Sides
+from xar_cli.config.schema import Sides, height_and_width, sides_text
 from xar_cli.data.images import (
     BadImageError,
     is_image_name,
@@ -299,11 +299,13 @@ def open_images(source: Path | ImageSet, image_size: Sides | None = None) -> Ima
     """Open images by what the path is: a folder, an ADM `.npz` with `arr_0`, or an HDF5 file with `images`.
 
     Args:
-        image_size: for folders: take ADM's centre crop of that size instead of each file as it is.
+        image_size: for folders: take ADM's centre crop of that size instead of each file as it is. Arrays have to have
+            that size.
 
     Raises:
-        UserError: nothing there, no images in it, or not images at all.
+        UserError: nothing there, no images in it, not images at all, or an array of another size.
     """
+    images: ImageSet
     if isinstance(source, ImageSet):
         images = source
     elif not is_there(source):
@@ -312,13 +314,26 @@ def open_images(source: Path | ImageSet, image_size: Sides | None = None) -> Ima
         images = FolderImages(source, image_size)
     elif source.suffix == ".npz":
         images = _open_npz(source)
+        require_size(images, image_size)
     elif source.suffix in HDF5_SUFFIXES:
         images = _open_hdf5(source)
+        require_size(images, image_size)
     else:
         raise UserError(f"'{source}' is neither a folder nor an .npz or .h5 file.", "Give a folder of images.")
     if len(images) == 0:
         raise UserError(f"'{images.name}' holds no image.", "Give the folder or file that holds the images.")
     return images
+
+
+def require_size(images: ArrayImages, image_size: Sides | None) -> None:
+    """Raise a UserError unless an array's images have the size that is asked for; they are never cropped."""
+    size = tuple(images.images.shape[1:3])
+    if image_size is not None and size != height_and_width(image_size):
+        raise UserError(
+            f"The images in '{images.name}' have {sides_text(size)} pixels, and --image-size {sides_text(image_size)} "
+            "crops files alone.",
+            "Give a folder of images, or leave --image-size out.",
+        )
 
 
 def decode_opaque(path: Path) -> np.ndarray:
@@ -373,7 +388,7 @@ def read_npz(path: Path) -> dict[str, np.ndarray]:
         raise UserError(f"'{path}' cannot be read as an .npz file ({error}).", "Fetch or make it again.") from None
 
 
-def _open_npz(path: Path) -> ImageSet:
+def _open_npz(path: Path) -> ArrayImages:
     arrays = read_npz(path)
     if "arr_0" not in arrays:
         kind = "It holds statistics: give it as --reference." if "mu" in arrays else "Give an ADM sample batch."
@@ -401,7 +416,7 @@ def manifest_of_npz(path: Path, arrays: Mapping[str, np.ndarray]) -> Mapping[str
     return manifest if labels.tolist() == (manifest.get("labels") or [])[: len(labels)] else None
 
 
-def _open_hdf5(path: Path) -> ImageSet:
+def _open_hdf5(path: Path) -> ArrayImages:
     try:
         file = h5py.File(path, "r")
     except OSError as error:

@@ -18,7 +18,7 @@ from xar_cli.config.schema import Sides
 from xar_cli.data.images import printable
 from xar_cli.errors import UserError
 from xar_cli.evaluate.frechet import Gaussian
-from xar_cli.evaluate.images import ArrayImages, ImageSet, manifest_of_npz, open_images, read_npz
+from xar_cli.evaluate.images import ArrayImages, ImageSet, manifest_of_npz, open_images, read_npz, require_size
 from xar_cli.evaluate.networks import INCEPTION, FeatureNetwork
 from xar_cli.hub import sha256_of
 from xar_cli.run_dir import is_file, is_there, write_atomic
@@ -93,13 +93,13 @@ def open_reference(source: Path | ImageSet | Reference, image_size: Sides | None
     """Open a folder of images, an ADM batch, or a statistics file; one that is open already is returned.
 
     Raises:
-        UserError: none of these; samples given as reference; statistics that are not finite, not square, or not
-            symmetric.
+        UserError: none of these; samples given as reference; an array of another size than `image_size`; statistics
+            that are not finite, not square, or not symmetric.
     """
     if isinstance(source, Reference):
         return source
     if isinstance(source, Path) and source.suffix == ".npz" and is_file(source):
-        return _open_npz(source)
+        return _open_npz(source, image_size)
     images = open_images(source, image_size)
     _require_real(images.name, images.generated or images.manifest is not None)
     return Reference(images.name, "", images)
@@ -147,10 +147,12 @@ def write_statistics(path: Path, layers: Mapping[str, Gaussian], origin: Mapping
     write_atomic(path, buffer.getvalue())
 
 
-def _open_npz(path: Path) -> Reference:
+def _open_npz(path: Path, image_size: Sides | None) -> Reference:
     arrays, name = read_npz(path), printable(str(path))
     _require_real(name, manifest_of_npz(path, arrays) is not None)
     images = ArrayImages(arrays["arr_0"], name) if "arr_0" in arrays else None
+    if images is not None:
+        require_size(images, image_size)
     origin = _read_origin(path, arrays["xar"]) if "xar" in arrays else {}
     statistics = {
         layer: _checked_gaussian(path, arrays, suffix)

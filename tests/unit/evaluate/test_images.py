@@ -205,6 +205,18 @@ def test_crop_takes_photographs_of_any_shape(tmp_path) -> None:
     assert open_images(tmp_path).load(0).shape == (40, 64, 3)
 
 
+@pytest.mark.parametrize("name", ["batch.npz", "batch.h5"])
+@pytest.mark.parametrize("opened", [open_images, open_reference])
+def test_arrays_have_the_size_that_is_asked_for(tmp_path, name, opened) -> None:
+    """They are not cropped, and were taken at their own size in silence."""
+    np.savez(tmp_path / "batch.npz", IMAGES[:, :8])
+    with h5py.File(tmp_path / "batch.h5", "w") as file:
+        file["images"] = IMAGES[:, :8]
+    opened(tmp_path / name, image_size=(8, 16))
+    with pytest.raises(UserError, match="have 8 x 16 pixels, and --image-size 16 x 16 crops files alone"):
+        opened(tmp_path / name, image_size=16)
+
+
 @pytest.mark.parametrize(
     ("make", "message"),
     [
