@@ -9,6 +9,7 @@ from __future__ import annotations
 import errno
 import io
 import os
+import stat
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
@@ -138,7 +139,7 @@ def list_classes(
     """
     if not is_there(root) or not root.is_dir():
         raise UserError(f"There is no folder '{printable(str(root))}'.", "Check the path.")
-    return sort_into_classes(list(_walk(root)), str(root), suffixes, what)
+    return sort_into_classes(list(walk(root)), str(root), suffixes, what)
 
 
 def sort_into_classes(
@@ -214,10 +215,18 @@ def load_image(path: str | Path, image_size: Sides, image_channels: int = 3) -> 
         UserError: the machine failed (`read_failure`).
     """
     try:
-        with open(path, "rb") as file:
+        with open_regular(path) as file:
             return decode_image(file, str(path), image_size, image_channels)
     except (OSError, MemoryError) as error:
         raise read_failure(str(path), error) from None
+
+
+def open_regular(path: str | Path) -> BinaryIO:
+    """A file, opened to be read; an OSError for a pipe or a device, at which reading could wait for ever."""
+    mode = os.stat(path).st_mode
+    if not stat.S_ISREG(mode) and not stat.S_ISDIR(mode):  # a folder fails at once
+        raise OSError(errno.EINVAL, "it is no regular file")
+    return open(path, "rb")
 
 
 def decode_image(file: BinaryIO | bytes, name: str, image_size: Sides, image_channels: int = 3) -> np.ndarray:
@@ -299,8 +308,13 @@ def _reason(error: Exception) -> str:
     return text.rstrip(".")
 
 
-def _walk(root: Path) -> Iterator[str]:
-    """Paths of all files below `root`, and of folders that hold nothing, these with a slash at the end."""
+def walk(root: Path) -> Iterator[str]:
+    """Paths of all files below `root` that are not hidden, and of folders that hold nothing, these with a slash at the
+    end. Links to folders are followed.
+
+    Raises:
+        UserError: a folder that cannot be read, or a link that leads back to a folder above it.
+    """
     pending: list[tuple[str, tuple[tuple[int, int], ...]]] = [("", ())]
     while pending:
         relative, above = pending.pop()

@@ -15,6 +15,7 @@ import torch
 from pydantic import Field
 
 from xar_cli.config.schema import Section, Sides, height_and_width, pixels_text, sides_text
+from xar_cli.data.images import BadImageError
 from xar_cli.device_memory import memory_for
 from xar_cli.distributed import Ranks
 from xar_cli.errors import UserError
@@ -25,7 +26,7 @@ from xar_cli.evaluate.images import ImageSet, open_images
 from xar_cli.evaluate.judge import Judge
 from xar_cli.evaluate.networks import NETWORKS, VGG16, FeatureNetwork, Precision, build_network, require_weights
 from xar_cli.evaluate.protocols import Protocol, pick_protocol, pick_protocols
-from xar_cli.evaluate.reference import Reference, open_reference, write_statistics
+from xar_cli.evaluate.reference import Reference, open_reference, require_replaceable, write_statistics
 from xar_cli.evaluate.results import Evaluation, SetFacts
 from xar_cli.evaluate.weights import Weights
 from xar_cli.logs import log
@@ -158,7 +159,7 @@ def make_statistics(
     """Write the statistics of real images for one protocol, with ADM's names, and return what they are of.
 
     Raises:
-        UserError: as `evaluate`, or the images are generated samples.
+        UserError: as `evaluate`, the images are generated samples, or `out` is a file that is none of ours.
     """
     settings = settings or Settings()
     wanted = pick_protocol(protocol)
@@ -167,6 +168,7 @@ def make_statistics(
         raise UserError(f"'{images}' holds statistics already.", "Give a folder of images.")
     if out.suffix != ".npz":
         raise UserError(f"'{out}' does not end in .npz.", "Give a file name that does.")
+    require_replaceable(out)
     weights = require_weights(wanted.network, settings.inception_weights, settings.download)
     rows = spread_rows(len(opened), settings.count)
     work = _Extraction(settings, ranks)
@@ -272,10 +274,10 @@ def _size_of(images: ImageSet) -> tuple[int, int] | None:
     if images.generated:
         size = (images.manifest or {}).get("image_size")
         return None if size is None else height_and_width(size)
-    for index in range(min(len(images), 3)):
+    for index in range(len(images)):  # the first is enough, unless it is bad
         try:
             shape = images.load(index).shape
-        except UserError:
+        except BadImageError:
             continue
         return shape[0], shape[1]
     return None

@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import itertools
 import json
+import re
 import shutil
 import signal
 import tempfile
@@ -35,6 +36,8 @@ from xar_cli.stopping import stop_between_pieces
 TABLE_VERSION = 1
 DONE = "table.json"
 MIXED_SIZES_STEP = "Give images of one size, or --image-size SIDE (or HEIGHTxWIDTH) for ADM's centre crop."
+HALF_MADE = re.compile(r"\.([0-9a-f]{16}\.|features-)[a-z0-9_]{8}")  # names of the folders of `_make_folder`
+LEFTOVER_SECONDS = 24 * 3600.0  # for which nobody has written into one whose process is gone
 BATCHES_AHEAD = 2  # batches that threads decode while the network works
 
 
@@ -93,7 +96,7 @@ def extract(
         f"{TABLE_VERSION}/{content_hash}/{selection}/{network.identity}/{skip_bad}".encode()
     ).hexdigest()
     final = cache / key if cache is not None and images.keep_features else None
-    if final is not None and ranks.gather((final / DONE).is_file())[0]:
+    if final is not None and ranks.on_main(lambda: _is_stored(final, network)):
         log.info(f"features of {images.name} ({network.name}) are in the cache")
         return _open_table(final, network)
     row_bytes = 4 * sum(network.layers.values())
@@ -168,7 +171,7 @@ def _extract_rows(
     check = _SizeCheck(network, images)
     try:
         with (
-            stop_between_pieces(signal.SIGINT) as stop,
+            stop_between_pieces(signal.SIGINT, signal.SIGTERM) as stop,
             progress(last - first, f"features ({network.name})", enabled=ranks.is_main) as display,
         ):
             for rows, loaded in _batches(images, network, indices, first, last, batch_size, workers):
@@ -280,6 +283,7 @@ def _make_folder(
         try:
             if cache is not None:
                 cache.mkdir(parents=True, exist_ok=True)
+                _remove_leftovers(cache)
             if final is None:
                 holder = tempfile.TemporaryDirectory(prefix=".features-", dir=cache)
                 path = Path(holder.name)
@@ -302,6 +306,19 @@ def _make_folder(
             "Give --feature-cache on a disk shared by all machines.",
         )
     return holder, path
+
+
+def _remove_leftovers(cache: Path) -> None:
+    """Remove the half-made tables of processes that were killed."""
+    for folder in cache.iterdir():
+        if not HALF_MADE.fullmatch(folder.name):
+            continue
+        try:
+            touched = max(path.stat().st_mtime for path in (folder, *folder.iterdir()))
+        except OSError:  # its process is finishing it just now
+            continue
+        if time.time() - touched > LEFTOVER_SECONDS:
+            shutil.rmtree(folder, ignore_errors=True)
 
 
 def _exchange(outcome: _Outcome, network: FeatureNetwork, ranks: Ranks) -> list[_Outcome]:
@@ -338,6 +355,19 @@ def _finish(
     size = next(outcome.image_size for outcome in outcomes if outcome.image_size is not None)
     skipped = [images.item_name(int(indices[row])) for row in bad]
     write_json(folder / DONE, {"network": network.identity, "image_size": size, "skipped": skipped})
+
+
+def _is_stored(folder: Path, network: FeatureNetwork) -> bool:
+    """Whether a table is in the cache; a damaged one is removed, to be made again."""
+    if not folder.exists():
+        return False
+    try:
+        _open_table(folder, network)
+    except (FileNotFoundError, EOFError, KeyError, TypeError, ValueError) as error:
+        log.warning(f"the features in '{folder}' are damaged and are made again ({error})")
+        shutil.rmtree(folder)
+        return False
+    return True
 
 
 def _open_table(folder: Path, network: FeatureNetwork) -> FeatureTable:

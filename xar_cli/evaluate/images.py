@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -17,12 +18,20 @@ import h5py
 import numpy as np
 from PIL import Image
 
-from xar_cli.config.schema import Sides
-from xar_cli.data.images import BadImageError, is_hidden, load_image, printable
+from xar_cli.config.schema import Sides, height_and_width, sides_text
+from xar_cli.data.images import (
+    BadImageError,
+    is_image_name,
+    load_image,
+    open_regular,
+    printable,
+    read_failure,
+    sort_into_classes,
+    walk,
+)
 from xar_cli.errors import UserError
 from xar_cli.run_dir import is_there
 
-IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg")
 HDF5_SUFFIXES = (".h5", ".hdf5")
 MANIFEST = "manifest.json"
 MANIFEST_FORMAT = "xar-samples"
@@ -59,6 +68,7 @@ class ImageSet(ABC):
 
         Raises:
             BadImageError: the image cannot be read or judged.
+            UserError: the machine failed.
         """
 
     @abstractmethod
@@ -79,39 +89,45 @@ class ImageSet(ABC):
 
 
 class FolderImages(ImageSet):
-    """PNG and JPEG files of a folder and the folders inside it, sorted by path as torch-fidelity and clean-fid sort.
+    """The images that a latent cache of the folder holds, sorted by path as torch-fidelity and clean-fid sort.
 
-    Labels come from `manifest.json` where `xar sample` left one, else from the first folder level, one folder a class.
+    Labels come from `manifest.json` where `xar sample` left one, else from the first folder level, one folder a class;
+    images right in the folder count only where no folder inside holds images.
 
     Args:
         root: the folder.
         image_size: None takes each file as it is; a side, or (height, width), takes ADM's centre crop of that size.
+
+    Raises:
+        UserError: as `ImageFolder`; a folder inside without images is let be.
     """
 
     def __init__(self, root: Path, image_size: Sides | None = None) -> None:
         self.root, self.name, self.image_size = root, printable(str(root)), image_size
-        paths = (path for path in root.rglob("*") if path.suffix.lower() in IMAGE_SUFFIXES)
-        self.files = sorted((path for path in paths if not any(map(is_hidden, path.relative_to(root).parts))), key=str)
         self.manifest = _read_manifest(root)
+        names = [name for name in walk(root) if is_image_name(name)]
         if self.manifest is not None:
+            self.files = [root / name for name in sorted(names)]
             self._label_by_manifest(self.manifest)
-        elif all(path.parent != root for path in self.files):
-            names = [path.relative_to(root).parts[0] for path in self.files]
-            classes, labels = np.unique(names, return_inverse=True)
-            self.class_names, self.labels = [printable(name) for name in classes.tolist()], labels.astype(np.int64)
+            return
+        classes, names, labels = sort_into_classes(names, str(root))
+        order = sorted(range(len(names)), key=names.__getitem__)
+        self.files = [root / names[index] for index in order]
+        if classes:
+            self.class_names, self.labels = [printable(name) for name in classes], labels[order]
 
     def _label_by_manifest(self, manifest: Mapping[str, Any]) -> None:
         self.files = [path for path in self.files if path.parent == self.root and path.stem.isdecimal()]
-        labels = manifest.get("labels")
-        if not labels or not _has_classes(manifest):
+        if not manifest.get("labels") or not _has_classes(manifest):
             return
+        labels = checked_labels(manifest["labels"], f"{self.name}/{MANIFEST}", manifest.get("class_names"))
         indices = [int(path.stem) for path in self.files]
         if indices and max(indices) >= len(labels):
             raise UserError(
                 f"'{self.root}' holds image {max(indices)}, and its {MANIFEST} knows only {len(labels)}.",
                 "Sample again into an empty folder.",
             )
-        self.labels = np.array([labels[index] for index in indices], dtype=np.int64)
+        self.labels = labels[indices]
         self.class_names = manifest.get("class_names")
 
     def __len__(self) -> int:
@@ -125,19 +141,24 @@ class FolderImages(ImageSet):
         return load_image(path, self.image_size, 3).transpose(1, 2, 0)
 
     def content_hash(self) -> str:
-        """sha256 over the relative names and the bytes of all files, and the crop."""
+        """sha256 over the relative names and the bytes of all files that can be read, and the crop.
+
+        Raises:
+            UserError: the machine failed.
+        """
         digest = hashlib.sha256(f"crop {self.image_size}\n".encode())
         for path in self.files:
             digest.update(str(path.relative_to(self.root)).encode(errors="surrogateescape") + b"\0")
-            digest.update(hashlib.sha256(path.read_bytes()).digest())
+            digest.update(_hash_of_file(path))
         return digest.hexdigest()
 
     def fingerprint(self) -> str:
         """sha256 over names, sizes and times of change: while it stays the same, so does the content hash."""
         digest = hashlib.sha256(f"{self.root.absolute()}\ncrop {self.image_size}\n".encode())
         for path in self.files:
-            status = path.stat()
-            digest.update(f"{path}\0{status.st_size}\0{status.st_mtime_ns}\n".encode(errors="surrogateescape"))
+            status = path.stat() if os.access(path, os.R_OK) else None
+            told = f"{status.st_size}\0{status.st_mtime_ns}" if status else "unreadable"
+            digest.update(f"{path}\0{told}\n".encode(errors="surrogateescape"))
         return digest.hexdigest()
 
     def item_name(self, index: int) -> str:
@@ -164,12 +185,12 @@ class ArrayImages(ImageSet):
                 f"'{name}' holds an array of shape {shape} and type {images.dtype} where images are expected.",
                 "Store images as (N, H, W, 3) of 8-bit integers, 0 to 255.",
             )
-        if labels is not None and len(labels) != len(images):
+        self.labels = None if labels is None else checked_labels(labels, name)
+        if self.labels is not None and len(self.labels) != len(images):
             raise UserError(
-                f"'{name}' holds {len(images)} images and {len(labels)} labels.", "Give one label for each image."
+                f"'{name}' holds {len(images)} images and {len(self.labels)} labels.", "Give one label for each image."
             )
         self.images, self.name = images, name
-        self.labels = None if labels is None else np.asarray(labels, np.int64)
 
     def adopt(self, manifest: Mapping[str, Any] | None) -> None:
         """Take over what a manifest of these images tells; None tells nothing."""
@@ -178,6 +199,8 @@ class ArrayImages(ImageSet):
         self.manifest, self.class_names = manifest, manifest.get("class_names")
         if not _has_classes(manifest):
             self.labels = None
+        elif self.labels is not None:
+            checked_labels(self.labels, self.name, self.class_names)
 
     def __len__(self) -> int:
         return len(self.images)
@@ -243,15 +266,46 @@ class GeneratedImages(ImageSet):
         return hashlib.sha256(self.identity.encode() + self._asked.tobytes()).hexdigest()
 
 
+def checked_labels(labels: Any, name: str, class_names: Sequence[str] | None = None) -> np.ndarray:
+    """Labels as (N,) int64.
+
+    Args:
+        labels: an array, or what a manifest has.
+        name: what to call their place in an error.
+        class_names: of the classes that there are, where they have names.
+
+    Raises:
+        UserError: they are no class numbers.
+    """
+    try:
+        found = np.asarray(labels)
+    except ValueError:  # lists of unequal length
+        found = np.array(None)
+    fault = None
+    if found.ndim != 1:
+        fault = f"their shape is {found.shape}"
+    elif len(found) and not np.issubdtype(found.dtype, np.integer):
+        fault = f"they are no integers (type {found.dtype})"
+    elif (found.astype(np.int64) < 0).any():
+        fault = "some are negative"
+    elif class_names and len(found) and found.max() >= len(class_names):
+        fault = f"{found.max()} is among them, and only {len(class_names)} classes have names"
+    if fault:
+        raise UserError(f"The labels in '{name}' are wrong: {fault}.", "Store the number of its class for each image.")
+    return found.astype(np.int64)
+
+
 def open_images(source: Path | ImageSet, image_size: Sides | None = None) -> ImageSet:
     """Open images by what the path is: a folder, an ADM `.npz` with `arr_0`, or an HDF5 file with `images`.
 
     Args:
-        image_size: for folders: take ADM's centre crop of that size instead of each file as it is.
+        image_size: for folders: take ADM's centre crop of that size instead of each file as it is. Arrays have to have
+            that size.
 
     Raises:
-        UserError: nothing there, no images in it, or not images at all.
+        UserError: nothing there, no images in it, not images at all, or an array of another size.
     """
+    images: ImageSet
     if isinstance(source, ImageSet):
         images = source
     elif not is_there(source):
@@ -260,25 +314,37 @@ def open_images(source: Path | ImageSet, image_size: Sides | None = None) -> Ima
         images = FolderImages(source, image_size)
     elif source.suffix == ".npz":
         images = _open_npz(source)
+        require_size(images, image_size)
     elif source.suffix in HDF5_SUFFIXES:
         images = _open_hdf5(source)
+        require_size(images, image_size)
     else:
-        raise UserError(
-            f"'{source}' is neither a folder nor an .npz or .h5 file.", "Give a folder of PNG or JPEG images."
-        )
+        raise UserError(f"'{source}' is neither a folder nor an .npz or .h5 file.", "Give a folder of images.")
     if len(images) == 0:
-        raise UserError(f"'{images.name}' holds no PNG or JPEG image.", "Give the folder that holds the images.")
+        raise UserError(f"'{images.name}' holds no image.", "Give the folder or file that holds the images.")
     return images
+
+
+def require_size(images: ArrayImages, image_size: Sides | None) -> None:
+    """Raise a UserError unless an array's images have the size that is asked for; they are never cropped."""
+    size = tuple(images.images.shape[1:3])
+    if image_size is not None and size != height_and_width(image_size):
+        raise UserError(
+            f"The images in '{images.name}' have {sides_text(size)} pixels, and --image-size {sides_text(image_size)} "
+            "crops files alone.",
+            "Give a folder of images, or leave --image-size out.",
+        )
 
 
 def decode_opaque(path: Path) -> np.ndarray:
     """One file as (H, W, 3) uint8, exactly as stored: no crop, no turn, no background put behind it.
 
     Raises:
-        BadImageError: unreadable, more than 8 bits a channel, or pixels that are not opaque.
+        BadImageError: unreadable, no regular file, more than 8 bits a channel, or pixels that are not opaque.
+        UserError: the machine failed (`read_failure`).
     """
     try:
-        with path.open("rb") as file, Image.open(file) as image:
+        with open_regular(path) as file, Image.open(file) as image:
             image.load()
             if image.mode.startswith(("I", "F")) or _bits_of_png(file) > 8:
                 raise ValueError("it has more than 8 bits a channel; convert it to 8-bit RGB")
@@ -287,8 +353,19 @@ def decode_opaque(path: Path) -> np.ndarray:
                 raise ValueError("it has transparent pixels; flatten it onto a background of your choice")
             return np.asarray(image.convert("RGB"))
     except Exception as error:  # damaged files make Pillow's decoders raise nearly anything
-        reason = "it is not an image, or damaged" if isinstance(error, Image.UnidentifiedImageError) else str(error)
-        raise BadImageError(str(path), reason.rstrip(".") or type(error).__name__) from None
+        raise read_failure(str(path), error) from None
+
+
+def _hash_of_file(path: Path) -> bytes:
+    """sha256 of the bytes; of none where the file cannot be read, and is a bad image."""
+    try:
+        with open_regular(path) as file:
+            return hashlib.sha256(file.read()).digest()
+    except OSError as error:
+        failure = read_failure(str(path), error)
+        if not isinstance(failure, BadImageError):
+            raise failure from None
+        return hashlib.sha256().digest()
 
 
 def _bits_of_png(file: BinaryIO) -> int:
@@ -311,7 +388,7 @@ def read_npz(path: Path) -> dict[str, np.ndarray]:
         raise UserError(f"'{path}' cannot be read as an .npz file ({error}).", "Fetch or make it again.") from None
 
 
-def _open_npz(path: Path) -> ImageSet:
+def _open_npz(path: Path) -> ArrayImages:
     arrays = read_npz(path)
     if "arr_0" not in arrays:
         kind = "It holds statistics: give it as --reference." if "mu" in arrays else "Give an ADM sample batch."
@@ -328,7 +405,7 @@ def manifest_of_npz(path: Path, arrays: Mapping[str, np.ndarray]) -> Mapping[str
         UserError: the manifest is damaged.
     """
     labels, beside = arrays.get("arr_1"), path.parent / MANIFEST
-    if labels is None or not beside.is_file():
+    if labels is None or labels.ndim != 1 or not beside.is_file():
         return None
     try:
         manifest = _checked_manifest(json.loads(beside.read_text(encoding="utf-8")), beside)
@@ -339,17 +416,20 @@ def manifest_of_npz(path: Path, arrays: Mapping[str, np.ndarray]) -> Mapping[str
     return manifest if labels.tolist() == (manifest.get("labels") or [])[: len(labels)] else None
 
 
-def _open_hdf5(path: Path) -> ImageSet:
+def _open_hdf5(path: Path) -> ArrayImages:
     try:
         file = h5py.File(path, "r")
     except OSError as error:
         raise UserError(f"'{path}' cannot be read as an HDF5 file ({error}).", "Make it again.") from None
-    if "images" not in file:
+    if not isinstance(file.get("images"), h5py.Dataset):
         raise UserError(
             f"'{path}' holds no dataset 'images' (it has: {', '.join(file)}).",
             "A latent cache holds no images: give the folder that it was made from.",
         )
-    images = ArrayImages(file["images"], printable(str(path)), file["labels"][:] if "labels" in file else None)
+    labels = file.get("labels")
+    if labels is not None and not isinstance(labels, h5py.Dataset):
+        raise UserError(f"'labels' of '{path}' is no dataset.", "Store the number of its class for each image.")
+    images = ArrayImages(file["images"], printable(str(path)), None if labels is None else labels[()])
     try:
         manifest = json.loads(file.attrs.get(MANIFEST_ATTRIBUTE, "null"))
     except (ValueError, TypeError):  # another program's attribute

@@ -18,10 +18,10 @@ from xar_cli.config.schema import Sides
 from xar_cli.data.images import printable
 from xar_cli.errors import UserError
 from xar_cli.evaluate.frechet import Gaussian
-from xar_cli.evaluate.images import ArrayImages, ImageSet, manifest_of_npz, open_images, read_npz
+from xar_cli.evaluate.images import ArrayImages, ImageSet, manifest_of_npz, open_images, read_npz, require_size
 from xar_cli.evaluate.networks import INCEPTION, FeatureNetwork
 from xar_cli.hub import sha256_of
-from xar_cli.run_dir import is_file, write_atomic
+from xar_cli.run_dir import is_file, is_there, write_atomic
 
 STATISTICS_FORMAT = "xar-statistics"
 STATISTICS_VERSION = 1
@@ -30,6 +30,7 @@ SUFFIX_OF_LAYER = {
     "spatial": "_s",
 }  # ADM's names: mu, sigma of the pool, mu_s, sigma_s of the spatial layer
 SYMMETRY_TOLERANCE = 1e-5
+MAKE_AGAIN = "Make or fetch them again."
 
 
 @dataclass
@@ -92,13 +93,13 @@ def open_reference(source: Path | ImageSet | Reference, image_size: Sides | None
     """Open a folder of images, an ADM batch, or a statistics file; one that is open already is returned.
 
     Raises:
-        UserError: none of these; samples given as reference; statistics that are not finite, not square, or not
-            symmetric.
+        UserError: none of these; samples given as reference; an array of another size than `image_size`; statistics
+            that are not finite, not square, or not symmetric.
     """
     if isinstance(source, Reference):
         return source
     if isinstance(source, Path) and source.suffix == ".npz" and is_file(source):
-        return _open_npz(source)
+        return _open_npz(source, image_size)
     images = open_images(source, image_size)
     _require_real(images.name, images.generated or images.manifest is not None)
     return Reference(images.name, "", images)
@@ -109,6 +110,22 @@ def _require_real(name: str, generated: bool) -> None:
         raise UserError(
             f"'{name}' was given as the reference, but its manifest says that it holds generated samples.",
             "Give it as --samples, and real images as --reference.",
+        )
+
+
+def require_replaceable(path: Path) -> None:
+    """Raise a UserError unless `path` is free, or holds statistics that `write_statistics` wrote and no images."""
+    if not is_there(path):
+        return
+    try:
+        with np.load(path, allow_pickle=False) as arrays:
+            names = set(arrays.files)
+    except Exception:  # another program's file: zipfile, zlib, numpy, each has errors of its own
+        names = set()
+    if "xar" not in names or "arr_0" in names:
+        raise UserError(
+            f"'{path}' is there already, and is no statistics file of `xar fid stats`.",
+            "Give another name, or remove it if you do not need it.",
         )
 
 
@@ -130,11 +147,13 @@ def write_statistics(path: Path, layers: Mapping[str, Gaussian], origin: Mapping
     write_atomic(path, buffer.getvalue())
 
 
-def _open_npz(path: Path) -> Reference:
+def _open_npz(path: Path, image_size: Sides | None) -> Reference:
     arrays, name = read_npz(path), printable(str(path))
     _require_real(name, manifest_of_npz(path, arrays) is not None)
     images = ArrayImages(arrays["arr_0"], name) if "arr_0" in arrays else None
-    origin = json.loads(str(arrays["xar"])) if "xar" in arrays else {}
+    if images is not None:
+        require_size(images, image_size)
+    origin = _read_origin(path, arrays["xar"]) if "xar" in arrays else {}
     statistics = {
         layer: _checked_gaussian(path, arrays, suffix)
         for layer, suffix in SUFFIX_OF_LAYER.items()
@@ -148,10 +167,21 @@ def _open_npz(path: Path) -> Reference:
     return Reference(name, sha256_of(path), images, statistics, origin.get("network", INCEPTION), origin)
 
 
+def _read_origin(path: Path, text: np.ndarray) -> Mapping[str, Any]:
+    """What `write_statistics` wrote beside them."""
+    try:
+        origin = json.loads(str(text))
+    except ValueError:
+        origin = None
+    if not isinstance(origin, dict):
+        raise UserError(f"'{path}' is damaged: what it says of itself is no JSON object.", MAKE_AGAIN)
+    return origin
+
+
 def _checked_gaussian(path: Path, arrays: Mapping[str, np.ndarray], suffix: str) -> Gaussian:
     mu, sigma = arrays["mu" + suffix], arrays["sigma" + suffix]
     fault = None
-    if mu.ndim != 1 or sigma.shape != (len(mu), len(mu)):
+    if mu.ndim != 1 or not len(mu) or sigma.shape != (len(mu), len(mu)):
         fault = f"shapes {mu.shape} and {sigma.shape} do not belong together"
     elif not (np.issubdtype(mu.dtype, np.floating) and np.issubdtype(sigma.dtype, np.floating)):
         fault = f"types {mu.dtype} and {sigma.dtype} are no floating-point numbers"
@@ -162,5 +192,5 @@ def _checked_gaussian(path: Path, arrays: Mapping[str, np.ndarray], suffix: str)
     elif (np.diagonal(sigma) < 0).any():
         fault = "a variance is negative"
     if fault:
-        raise UserError(f"The statistics in '{path}' are wrong: {fault}.", "Make or fetch them again.")
+        raise UserError(f"The statistics in '{path}' are wrong: {fault}.", MAKE_AGAIN)
     return Gaussian(mu, sigma)

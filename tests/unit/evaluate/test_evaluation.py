@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import signal
 from concurrent.futures import ThreadPoolExecutor
 from typing import get_args
@@ -58,6 +59,38 @@ def test_ctrl_c_never_breaks_into_the_handing_over_of_images(folders, monkeypatc
     assert len(calls) <= 1 + 3 * QUICK.batch_size  # the batch in work, and those that are decoded ahead of it
 
 
+def test_sigterm_leaves_no_half_made_table_in_the_cache(folders, tmp_path, monkeypatch) -> None:
+    real, begun = ThreadPoolExecutor.submit, []
+
+    def submit(self, *arguments):
+        begun.append(list((tmp_path / "cache").glob(".*")))
+        if len(begun) == 10:
+            signal.raise_signal(signal.SIGTERM)
+        return real(self, *arguments)
+
+    monkeypatch.setattr(ThreadPoolExecutor, "submit", submit)
+    with pytest.raises(SystemExit) as caught:
+        evaluate(*folders, "adm", settings=QUICK.model_copy(update={"feature_cache": tmp_path / "cache"}))
+    assert caught.value.code == 143
+    assert begun[0]
+    assert not list((tmp_path / "cache").glob(".*"))
+
+
+def test_half_made_tables_of_killed_processes_go_after_a_day(folders, tmp_path) -> None:
+    cache = tmp_path / "cache"
+    old = [cache / name for name in (".0123456789abcdef.abcd_123", ".features-abcd_123", ".notes", ".0123.backup")]
+    busy, fresh = cache / ".0123456789abcdef.busy1234", cache / ".0123456789abcdef.fresh123"
+    for folder in (*old, busy, fresh):
+        folder.mkdir(parents=True)
+        (folder / "pool.npy").touch()
+        if folder not in (busy, fresh):
+            os.utime(folder / "pool.npy", (0, 0))
+        if folder != fresh:
+            os.utime(folder, (0, 0))
+    evaluate(*folders, "adm", settings=QUICK.model_copy(update={"feature_cache": cache}))
+    assert sorted(cache.glob(".*")) == sorted((*old[2:], busy, fresh))
+
+
 def test_what_each_protocol_reports(folders) -> None:
     found = evaluate(*folders, ["adm", "torch-fidelity", "clean-fid"], settings=QUICK)
     keys = {name: list(result.metrics) for name, result in found.results.items()}
@@ -106,6 +139,34 @@ def test_features_are_cached_by_content(folders, fake_networks, tmp_path) -> Non
     assert not list((tmp_path / "cache").glob(".*"))  # no half-made table is left
 
 
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        *(("table.json", content) for content in (None, b"{", b"[]", b"{}")),
+        *(("pool.npy", content) for content in (None, b"", b"\x93NUMPY\x01")),
+        ("rows.npy", b"?"),
+    ],
+)
+def test_damaged_features_in_the_cache_are_made_again(folders, fake_networks, tmp_path, name, content) -> None:
+    settings = QUICK.model_copy(update={"feature_cache": tmp_path / "cache"})
+    first = evaluate(*folders, "adm", settings=settings)
+    for file in (tmp_path / "cache").glob(f"*/{name}"):
+        file.unlink() if content is None else file.write_bytes(content)
+    again = evaluate(*folders, "adm", settings=settings)
+    assert fake_networks["inception"].images_seen == 24 + 32
+    assert again.first.metrics == first.first.metrics
+    evaluate(*folders, "adm", settings=settings)
+    assert fake_networks["inception"].images_seen == 0
+
+
+def test_a_cut_off_table_in_the_cache_is_made_again(folders, tmp_path) -> None:
+    settings = QUICK.model_copy(update={"feature_cache": tmp_path / "cache"})
+    first = evaluate(*folders, "adm", settings=settings)
+    for file in (tmp_path / "cache").glob("*/pool.npy"):
+        os.truncate(file, file.stat().st_size - 100)
+    assert evaluate(*folders, "adm", settings=settings).first.metrics == first.first.metrics
+
+
 def test_statistics_give_the_number_of_the_images(folders, tmp_path) -> None:
     direct = evaluate(*folders, "adm", settings=QUICK)
     make_statistics(folders[1], tmp_path / "ref.npz", "adm", settings=QUICK)
@@ -115,6 +176,26 @@ def test_statistics_give_the_number_of_the_images(folders, tmp_path) -> None:
     assert through.first.metrics["precision"].value is None
     assert "statistics" in through.first.metrics["precision"].note
     assert through.reference.count == 30
+
+
+@pytest.mark.parametrize("kind", ["images", "foreign", "text", "folder"])
+def test_statistics_never_replace_what_is_no_statistics_file(folders, tmp_path, kind) -> None:
+    out = tmp_path / "out.npz"
+    if kind == "images":
+        np.savez(out, arr_0=make_images(9))
+    elif kind == "foreign":
+        np.savez(out, mu=np.zeros(12), sigma=np.eye(12))
+    elif kind == "text":
+        out.write_text("notes")
+    else:
+        out.mkdir()
+    before = out.read_bytes() if out.is_file() else None
+    source = out if kind == "images" else folders[1]
+    with pytest.raises(UserError, match=r"out\.npz' is there already"):
+        make_statistics(source, out, "adm", settings=QUICK)
+    assert before is None or out.read_bytes() == before
+    make_statistics(folders[1], tmp_path / "ref.npz", "adm", settings=QUICK)
+    make_statistics(folders[0], tmp_path / "ref.npz", "adm", settings=QUICK)  # our own are
 
 
 def test_vgg16_given_with_statistics_alone_does_not_stop_the_rest(folders, tmp_path) -> None:
@@ -235,6 +316,16 @@ def test_a_reference_of_another_resolution_is_refused(folders, tmp_path) -> None
     make_statistics(other, tmp_path / "other.npz", "adm", settings=QUICK)
     with pytest.raises(UserError, match="64 x 64"):
         evaluate(folders[0], tmp_path / "other.npz", "adm", settings=QUICK)
+
+
+@pytest.mark.parametrize("side", [0, 1])
+def test_another_resolution_is_seen_behind_bad_images(folders, fake_networks, tmp_path, side: int) -> None:
+    pair = [folders[0], write_folder(tmp_path / "other", make_images(8, size=64))]
+    for index in range(6):
+        (pair[side] / f"{index:06d}.png").write_bytes(b"no")
+    with pytest.raises(UserError, match=r"32 x 32 pixels and the reference .* 64 x 64"):
+        evaluate(*pair, "adm", settings=QUICK.model_copy(update={"skip_bad": True}))
+    assert fake_networks["inception"].images_seen == 0
 
 
 def test_a_cropped_reference_of_another_resolution_is_refused(folders, tmp_path) -> None:

@@ -15,9 +15,10 @@ from PIL import Image
 
 from tests.unit.evaluate.conftest import make_images, write_folder
 from xar_cli.data import images as data_images
-from xar_cli.data.images import BadImageError
+from xar_cli.data.images import BadImageError, ImageFolder
 from xar_cli.errors import UserError
 from xar_cli.evaluate.images import ArrayImages, GeneratedImages, decode_opaque, open_images, read_npz
+from xar_cli.evaluate.reference import open_reference
 
 IMAGES = make_images(5, size=16)
 
@@ -67,6 +68,23 @@ def test_labels_come_from_subfolders(tmp_path) -> None:
     assert opened.class_names == ["ant", "cat"]
     assert opened.labels.tolist() == [0, 1, 1]
     assert opened.class_name(1) == "cat"
+
+
+def test_a_folder_holds_what_a_latent_cache_of_it_holds(tmp_path, caplog) -> None:
+    """Links to class folders are followed, all kinds of image count, and images beside class folders do not."""
+    write_folder(tmp_path / "elsewhere", IMAGES[:2])
+    root = tmp_path / "root"
+    write_folder(root / "ant", IMAGES[2:4], ".webp")
+    (root / "bee").symlink_to(tmp_path / "elsewhere")
+    (root / "notes").mkdir()  # a cache refuses a class without images; here it changes nothing
+    Image.fromarray(IMAGES[4]).save(root / "stray.png")
+    opened = open_images(root)
+    (root / "notes").rmdir()
+    cached = ImageFolder(root)
+    assert [str(path.relative_to(root)) for path in opened.files] == cached.names
+    assert opened.class_names == list(cached.class_names)
+    assert opened.labels.tolist() == cached.labels.tolist() == [0, 0, 1, 1]
+    assert "1 images lie beside the class folders" in caplog.text
 
 
 def test_packed_samples_keep_their_manifest(tmp_path) -> None:
@@ -163,21 +181,52 @@ def test_transparent_deep_and_damaged_files_are_refused_by_name(tmp_path) -> Non
             decode_opaque(tmp_path / f"{name}.png")
 
 
+@pytest.mark.parametrize("image_size", [None, 8])
+def test_what_is_no_regular_file_is_a_bad_image_and_a_folder_is_none(tmp_path, image_size) -> None:
+    """Reading a pipe would wait for ever for somebody who writes into it."""
+    write_folder(tmp_path / "album.png", IMAGES[:1])
+    (tmp_path / "album.png" / "dangling.png").symlink_to("nowhere")
+    os.mkfifo(tmp_path / "album.png" / "pipe.png")
+    images = open_images(tmp_path, image_size)
+    assert [path.name for path in images.files] == ["000000.png", "dangling.png", "pipe.png"]
+    first = images.content_hash(), images.fingerprint()
+    for index, why in ((1, "No such file"), (2, "no regular file")):
+        with pytest.raises(BadImageError, match=why):
+            images.load(index)
+    Image.fromarray(IMAGES[1]).save(tmp_path / "album.png" / "nowhere", "PNG")  # what was missing comes back
+    assert images.content_hash() != first[0]
+    assert images.fingerprint() != first[1]
+    assert images.load(1).shape[2] == 3
+
+
 def test_crop_takes_photographs_of_any_shape(tmp_path) -> None:
     Image.fromarray(make_images(1, size=64)[0][:40]).save(tmp_path / "wide.png")
     assert open_images(tmp_path, image_size=16).load(0).shape == (16, 16, 3)
     assert open_images(tmp_path).load(0).shape == (40, 64, 3)
 
 
+@pytest.mark.parametrize("name", ["batch.npz", "batch.h5"])
+@pytest.mark.parametrize("opened", [open_images, open_reference])
+def test_arrays_have_the_size_that_is_asked_for(tmp_path, name, opened) -> None:
+    """They are not cropped, and were taken at their own size in silence."""
+    np.savez(tmp_path / "batch.npz", IMAGES[:, :8])
+    with h5py.File(tmp_path / "batch.h5", "w") as file:
+        file["images"] = IMAGES[:, :8]
+    opened(tmp_path / name, image_size=(8, 16))
+    with pytest.raises(UserError, match="have 8 x 16 pixels, and --image-size 16 x 16 crops files alone"):
+        opened(tmp_path / name, image_size=16)
+
+
 @pytest.mark.parametrize(
     ("make", "message"),
     [
         (lambda path: path / "absent", "nothing at"),
-        (lambda path: path, "holds no PNG or JPEG"),
+        (lambda path: path, "no images in"),
         (lambda path: _text(path / "notes.txt"), "neither a folder"),
         (lambda path: _text(path / "broken.npz"), "cannot be read as an .npz"),
         (lambda path: _text(path / "broken.h5"), "cannot be read as an HDF5"),
         (lambda path: _npz(path, mu=np.zeros(3)), "holds no images"),
+        (lambda path: _npz(path, arr_0=np.zeros((0, 8, 8, 3), np.uint8), arr_1=[]), "file.npz' holds no image"),
         (lambda path: _npz(path, arr_0=np.zeros((2, 8, 8, 3))), "type float64"),
         (lambda path: _npz(path, arr_0=np.zeros((2, 3, 8, 8), np.uint8)), "shape"),
         (lambda path: _npz(path, arr_0=np.zeros((2, 8, 8, 3), np.uint8), arr_1=np.zeros(3, int)), "3 labels"),
@@ -186,6 +235,56 @@ def test_crop_takes_photographs_of_any_shape(tmp_path) -> None:
 def test_what_is_no_image_set_is_refused(tmp_path, make, message: str) -> None:
     with pytest.raises(UserError, match=message):
         open_images(make(tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("labels", "message"),
+    [
+        ([0, 1, -1, 0, 1], "some are negative"),
+        (np.array([2**63] * 5, np.uint64), "some are negative"),
+        (np.eye(5, dtype=int), r"shape is \(5, 5\)"),
+        (list("abcde"), "no integers"),
+        (np.arange(5) + 0.5, r"no integers \(type float64\)"),
+        (3, r"shape is \(\)"),
+    ],
+)
+def test_labels_that_are_no_class_numbers_are_refused(tmp_path, labels, message: str) -> None:
+    (tmp_path / "manifest.json").write_text(json.dumps({"format": "xar-samples", "labels": [0]}))
+    with pytest.raises(UserError, match=f"labels in .*file.npz' are wrong: .*{message}"):
+        open_images(_npz(tmp_path, arr_0=IMAGES, arr_1=labels))
+    assert open_reference(tmp_path / "file.npz").images is not None  # which reads no labels
+    with h5py.File(tmp_path / "file.h5", "w") as file:
+        file["images"], file["labels"] = IMAGES, labels
+    with pytest.raises(UserError, match=r"labels in .*file.h5' are wrong"):
+        open_images(tmp_path / "file.h5")
+
+
+@pytest.mark.parametrize("labels", [["a"] * 5, [None] * 5, [[0], [1, 2], 0, 0, 0], [0, 1, 2, 0, 1], [0.5] * 5])
+def test_labels_of_a_manifest_that_are_no_class_numbers_are_refused(tmp_path, labels) -> None:
+    """Those of classes without a name are none either."""
+    manifest = json.dumps({"format": "xar-samples", "labels": labels, "class_names": ["ant", "bee"]})
+    folder = write_folder(tmp_path / "samples", IMAGES)
+    (folder / "manifest.json").write_text(manifest)
+    with pytest.raises(UserError, match=r"labels in .*samples/manifest.json' are wrong"):
+        open_images(folder)
+
+
+def test_packed_labels_without_a_class_name_are_refused(tmp_path) -> None:
+    with h5py.File(tmp_path / "samples.h5", "w") as file:
+        file["images"], file["labels"] = IMAGES, np.arange(5)
+        file.attrs["manifest"] = json.dumps({"format": "xar-samples", "class_names": list("abcd")})
+    with pytest.raises(UserError, match="4 is among them, and only 4 classes have names"):
+        open_images(tmp_path / "samples.h5")
+
+
+@pytest.mark.parametrize("name", ["images", "labels"])
+def test_an_hdf5_group_in_place_of_an_array_is_refused(tmp_path, name) -> None:
+    with h5py.File(tmp_path / "file.h5", "w") as file:
+        file.create_group(name)
+        if name == "labels":
+            file["images"] = IMAGES
+    with pytest.raises(UserError, match="no dataset"):
+        open_images(tmp_path / "file.h5")
 
 
 def test_npz_with_python_objects_is_refused(tmp_path) -> None:
@@ -217,13 +316,31 @@ def _npz(folder, **arrays):
     return folder / "file.npz"
 
 
-def test_a_machine_that_cannot_read_promises_nothing_that_is_stored(tmp_path, monkeypatch) -> None:
+@pytest.mark.parametrize("image_size", [None, 8])
+def test_a_machine_that_cannot_read_promises_nothing_that_is_stored(tmp_path, monkeypatch, image_size) -> None:
     def fail(*_):
         raise OSError(errno.ESTALE, os.strerror(errno.ESTALE))
 
-    images = open_images(write_folder(tmp_path / "folder", IMAGES), image_size=8)
+    images = open_images(write_folder(tmp_path / "folder", IMAGES), image_size)
     monkeypatch.setattr(data_images, "open", fail, raising=False)
     with pytest.raises(UserError, match="Stale file handle") as caught:
         images.load(0)
     assert not isinstance(caught.value, BadImageError)
     assert caught.value.next_step == "That is the machine, not the file: mend it, and give the same command again."
+    with pytest.raises(UserError, match="Stale file handle"):
+        images.content_hash()
+
+
+@pytest.mark.parametrize("error", [MemoryError(), OSError(errno.EMFILE, os.strerror(errno.EMFILE))])
+def test_lack_of_memory_or_files_while_decoding_is_no_bad_image(tmp_path, monkeypatch, error) -> None:
+    """--skip-bad would leave out what is sound."""
+
+    def fail(*_):
+        raise error
+
+    path = write_folder(tmp_path / "folder", IMAGES) / "000000.png"
+    monkeypatch.setattr(Image, "open", fail)
+    with pytest.raises(UserError, match=r"Reading .* failed") as caught:
+        decode_opaque(path)
+    assert not isinstance(caught.value, BadImageError)
+    assert caught.value.exit_code == 1

@@ -65,6 +65,9 @@ def test_adm_batch_gives_statistics_and_images(tmp_path) -> None:
         ({"sigma": np.triu(np.ones((12, 12)))}, "not symmetric"),
         ({"sigma": -np.eye(12)}, "negative"),
         ({"mu": np.zeros(12, int)}, "no floating-point"),
+        ({"mu": np.zeros(0), "sigma": np.zeros((0, 0))}, "do not belong together"),
+        ({"xar": np.array('{"network": ')}, "no JSON object"),
+        ({"xar": np.array("[1, 2]")}, "no JSON object"),
     ],
 )
 def test_wrong_statistics_are_refused(tmp_path, change, message: str) -> None:
