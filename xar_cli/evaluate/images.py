@@ -30,6 +30,7 @@ from xar_cli.data.images import (
     walk,
 )
 from xar_cli.errors import UserError
+from xar_cli.logs import log
 from xar_cli.run_dir import is_there
 
 HDF5_SUFFIXES = (".h5", ".hdf5")
@@ -118,10 +119,20 @@ class FolderImages(ImageSet):
 
     def _label_by_manifest(self, manifest: Mapping[str, Any]) -> None:
         self.files = [path for path in self.files if path.parent == self.root and path.stem.isdecimal()]
+        indices = [int(path.stem) for path in self.files]
+        named: dict[int, str] = {}
+        for index, path in zip(indices, self.files, strict=True):
+            if index in named:
+                raise UserError(
+                    f"'{self.name}' holds image {index} twice: {named[index]} and {path.name}.", "Remove one of them."
+                )
+            named[index] = path.name
+        count = manifest.get("count")
+        if isinstance(count, int) and len(indices) < count:
+            log.warning(f"'{self.name}' holds {len(indices)} of the {count} images that its {MANIFEST} tells of")
         if not manifest.get("labels") or not _has_classes(manifest):
             return
         labels = checked_labels(manifest["labels"], f"{self.name}/{MANIFEST}", manifest.get("class_names"))
-        indices = [int(path.stem) for path in self.files]
         if indices and max(indices) >= len(labels):
             raise UserError(
                 f"'{self.root}' holds image {max(indices)}, and its {MANIFEST} knows only {len(labels)}.",

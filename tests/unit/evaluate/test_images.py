@@ -140,6 +140,23 @@ def test_labels_of_a_manifest_go_with_the_number_in_the_name(tmp_path) -> None:
         open_images(folder)
 
 
+def test_a_sample_that_is_there_twice_is_refused(tmp_path) -> None:
+    folder = write_folder(tmp_path / "samples", IMAGES)
+    Image.fromarray(IMAGES[0]).save(folder / "3.png")
+    assert len(open_images(folder)) == 6  # nothing says that they are numbers
+    (folder / "manifest.json").write_text(json.dumps({"format": "xar-samples"}))
+    with pytest.raises(UserError, match=r"holds image 3 twice: 000003\.png and 3\.png"):
+        open_images(folder)
+
+
+@pytest.mark.parametrize(("count", "warned"), [(5, False), (40, True)])
+def test_samples_that_are_not_all_there_are_a_warning(tmp_path, caplog, count, warned) -> None:
+    folder = write_folder(tmp_path / "samples", IMAGES)
+    (folder / "manifest.json").write_text(json.dumps({"format": "xar-samples", "count": count}))
+    assert len(open_images(folder)) == 5
+    assert ("holds 5 of the 40 images" in caplog.text) == warned
+
+
 def test_grey_is_repeated_and_opaque_alpha_dropped(tmp_path) -> None:
     grey = IMAGES[0, :, :, 0]
     Image.fromarray(grey).save(tmp_path / "grey.png")
