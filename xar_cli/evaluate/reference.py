@@ -175,6 +175,13 @@ def _read_origin(path: Path, text: np.ndarray) -> Mapping[str, Any]:
         origin = None
     if not isinstance(origin, dict):
         raise UserError(f"'{path}' is damaged: what it says of itself is no JSON object.", MAKE_AGAIN)
+    made_as = origin.get("format"), origin.get("version")
+    if made_as != (STATISTICS_FORMAT, STATISTICS_VERSION):
+        raise UserError(
+            f"'{path}' is of format {made_as[0]!r}, version {made_as[1]!r}; read are '{STATISTICS_FORMAT}', version "
+            f"{STATISTICS_VERSION}.",
+            "Make it again with this version of xar.",
+        )
     return origin
 
 

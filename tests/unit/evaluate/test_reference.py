@@ -68,6 +68,9 @@ def test_adm_batch_gives_statistics_and_images(tmp_path) -> None:
         ({"mu": np.zeros(0), "sigma": np.zeros((0, 0))}, "do not belong together"),
         ({"xar": np.array('{"network": ')}, "no JSON object"),
         ({"xar": np.array("[1, 2]")}, "no JSON object"),
+        ({"xar": np.array('{"format": "xar-statistics", "version": 2}')}, "version 2; read are"),
+        ({"xar": np.array('{"format": "other", "version": 1}')}, "of format 'other'"),
+        ({"xar": np.array("{}")}, "of format None"),
     ],
 )
 def test_wrong_statistics_are_refused(tmp_path, change, message: str) -> None:
