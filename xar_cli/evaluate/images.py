@@ -26,7 +26,6 @@ from xar_cli.data.images import (
     open_regular,
     printable,
     read_failure,
-    sort_into_classes,
     walk,
 )
 from xar_cli.errors import UserError
@@ -90,32 +89,33 @@ class ImageSet(ABC):
 
 
 class FolderImages(ImageSet):
-    """The images that a latent cache of the folder holds, sorted by path as torch-fidelity and clean-fid sort.
+    """The images of a folder and the folders inside it, sorted by path as torch-fidelity and clean-fid sort.
 
-    Labels come from `manifest.json` where `xar sample` left one, else from the first folder level, one folder a class;
-    images right in the folder count only where no folder inside holds images.
+    Labels come from `manifest.json` where `xar sample` left one, else from the first folder level, one folder a class.
+    Where images lie beside such folders, all count, as with both libraries, and none has a class.
 
     Args:
         root: the folder.
         image_size: None takes each file as it is; a side, or (height, width), takes ADM's centre crop of that size.
 
     Raises:
-        UserError: as `ImageFolder`; a folder inside without images is let be.
+        UserError: a folder that cannot be read, or a link that leads back to a folder above it.
     """
 
     def __init__(self, root: Path, image_size: Sides | None = None) -> None:
         self.root, self.name, self.image_size = root, printable(str(root)), image_size
         self.manifest = _read_manifest(root)
-        names = [name for name in walk(root) if is_image_name(name)]
+        names = sorted(name for name in walk(root) if is_image_name(name))
+        self.files = [root / name for name in names]
+        inside = [name.partition("/")[0] for name in names if "/" in name]
         if self.manifest is not None:
-            self.files = [root / name for name in sorted(names)]
             self._label_by_manifest(self.manifest)
-            return
-        classes, names, labels = sort_into_classes(names, str(root))
-        order = sorted(range(len(names)), key=names.__getitem__)
-        self.files = [root / names[index] for index in order]
-        if classes:
-            self.class_names, self.labels = [printable(name) for name in classes], labels[order]
+        elif inside and len(inside) == len(names):
+            classes, self.labels = np.unique(inside, return_inverse=True)
+            self.class_names = [printable(name) for name in classes.tolist()]
+        elif inside:
+            beside = len(names) - len(inside)
+            log.warning(f"{beside} images lie beside the folders of '{self.name}': all count, and none has a class")
 
     def _label_by_manifest(self, manifest: Mapping[str, Any]) -> None:
         self.files = [path for path in self.files if path.parent == self.root and path.stem.isdecimal()]

@@ -70,21 +70,28 @@ def test_labels_come_from_subfolders(tmp_path) -> None:
     assert opened.class_name(1) == "cat"
 
 
-def test_a_folder_holds_what_a_latent_cache_of_it_holds(tmp_path, caplog) -> None:
-    """Links to class folders are followed, all kinds of image count, and images beside class folders do not."""
+def test_a_folder_holds_what_a_latent_cache_of_it_holds(tmp_path) -> None:
+    """Links to class folders are followed, and all kinds of image count."""
     write_folder(tmp_path / "elsewhere", IMAGES[:2])
     root = tmp_path / "root"
     write_folder(root / "ant", IMAGES[2:4], ".webp")
     (root / "bee").symlink_to(tmp_path / "elsewhere")
     (root / "notes").mkdir()  # a cache refuses a class without images; here it changes nothing
-    Image.fromarray(IMAGES[4]).save(root / "stray.png")
     opened = open_images(root)
     (root / "notes").rmdir()
     cached = ImageFolder(root)
     assert [str(path.relative_to(root)) for path in opened.files] == cached.names
     assert opened.class_names == list(cached.class_names)
     assert opened.labels.tolist() == cached.labels.tolist() == [0, 0, 1, 1]
-    assert "1 images lie beside the class folders" in caplog.text
+
+
+def test_images_beside_class_folders_count_and_take_the_classes_away(tmp_path, caplog) -> None:
+    """As both libraries count them; a preview in a subfolder must not be judged in place of the samples."""
+    write_folder(tmp_path, IMAGES[:4])
+    write_folder(tmp_path / "grid", IMAGES[4:5])
+    opened = open_images(tmp_path)
+    assert (len(opened), opened.labels, opened.class_names) == (5, None, None)
+    assert "4 images lie beside the folders" in caplog.text
 
 
 def test_packed_samples_keep_their_manifest(tmp_path) -> None:
@@ -238,7 +245,7 @@ def test_arrays_have_the_size_that_is_asked_for(tmp_path, name, opened) -> None:
     ("make", "message"),
     [
         (lambda path: path / "absent", "nothing at"),
-        (lambda path: path, "no images in"),
+        (lambda path: path, "holds no image"),
         (lambda path: _text(path / "notes.txt"), "neither a folder"),
         (lambda path: _text(path / "broken.npz"), "cannot be read as an .npz"),
         (lambda path: _text(path / "broken.h5"), "cannot be read as an HDF5"),
