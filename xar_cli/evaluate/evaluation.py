@@ -113,6 +113,8 @@ def evaluate(
         _require_enough(opened.name, len(tables[name]))
         if against.images is not None:
             reference_tables[name] = work.table(against.images, network, np.arange(len(against.images)))
+        if _size_of(opened) is None:  # a generator that did not say it before
+            _check_sizes(tables[name].image_size, against, network)
 
     results = {}
     if ranks.is_main:

@@ -328,6 +328,13 @@ def test_another_resolution_is_seen_behind_bad_images(folders, fake_networks, tm
     assert fake_networks["inception"].images_seen == 0
 
 
+def test_a_generator_that_does_not_say_its_resolution_is_refused_afterwards(folders) -> None:
+    images = make_images(22, size=64)
+    generated = GeneratedImages("a model", np.zeros(22, int), lambda indices: images[list(indices)], "seed 0")
+    with pytest.raises(UserError, match=r"64 x 64 pixels and the reference .* 32 x 32"):
+        evaluate(generated, folders[1], "adm", settings=QUICK)
+
+
 def test_a_cropped_reference_of_another_resolution_is_refused(folders, tmp_path) -> None:
     """--image-size crops files; a batch in an array keeps its size, which then is another one."""
     batch = ArrayImages(make_images(22, size=64), "batch")
