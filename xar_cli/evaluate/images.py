@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -16,7 +17,7 @@ from typing import Any, BinaryIO
 
 import h5py
 import numpy as np
-from PIL import Image
+from PIL import ExifTags, Image
 
 from xar_cli.config.schema import Sides, height_and_width, sides_text
 from xar_cli.data.images import (
@@ -191,7 +192,8 @@ class ArrayImages(ImageSet):
 
     def __init__(self, images: np.ndarray | h5py.Dataset, name: str, labels: np.ndarray | None = None) -> None:
         shape = tuple(images.shape)
-        if images.dtype != np.uint8 or not (len(shape) == 3 or (len(shape) == 4 and shape[3] in (1, 3))):
+        is_shape = (len(shape) == 3 or (len(shape) == 4 and shape[3] in (1, 3))) and 0 not in shape[1:]
+        if images.dtype != np.uint8 or not is_shape:
             raise UserError(
                 f"'{name}' holds an array of shape {shape} and type {images.dtype} where images are expected.",
                 "Store images as (N, H, W, 3) of 8-bit integers, 0 to 255.",
@@ -357,7 +359,7 @@ def decode_opaque(path: Path) -> np.ndarray:
     try:
         with open_regular(path) as file, Image.open(file) as image:
             image.load()
-            if image.mode.startswith(("I", "F")) or _bits_of_png(file) > 8:
+            if image.mode.startswith(("I", "F")) or _bits_of_channel(file, image) > 8:
                 raise ValueError("it has more than 8 bits a channel; convert it to 8-bit RGB")
             has_alpha = "A" in image.getbands() or "transparency" in image.info
             if has_alpha and image.convert("RGBA").getchannel("A").getextrema()[0] != 255:
@@ -372,18 +374,24 @@ def _hash_of_file(path: Path) -> bytes:
     try:
         with open_regular(path) as file:
             return hashlib.sha256(file.read()).digest()
-    except OSError as error:
+    except (OSError, MemoryError) as error:
         failure = read_failure(str(path), error)
         if not isinstance(failure, BadImageError):
             raise failure from None
         return hashlib.sha256().digest()
 
 
-def _bits_of_png(file: BinaryIO) -> int:
-    """Bits of a channel, from the file's head: Pillow cuts 16-bit colours down to 8 in silence. 0 for other formats."""
+def _bits_of_channel(file: BinaryIO, image: Image.Image) -> int:
+    """As the file has them: Pillow cuts deep colours down to 8 bits in silence. 8 for formats that have no more."""
     file.seek(0)
-    head = file.read(25)
-    return head[24] if head.startswith(b"\x89PNG") else 0
+    if image.format == "PNG":
+        return file.read(25)[24]
+    if image.format == "TIFF":
+        return max(image.tag_v2.get(ExifTags.Base.BitsPerSample, (1,)))  # type: ignore[attr-defined]
+    if image.format == "PPM":
+        numbers = re.sub(rb"#[^\r\n]*", b"", file.read(1 << 16)).split(maxsplit=4)
+        return int(numbers[3]).bit_length() if numbers[0] in (b"P2", b"P3", b"P5", b"P6") else 1
+    return 8
 
 
 def read_npz(path: Path) -> dict[str, np.ndarray]:

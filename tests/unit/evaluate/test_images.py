@@ -186,23 +186,59 @@ def png_of_16_bits(image: np.ndarray) -> bytes:
     return b"\x89PNG\r\n\x1a\n" + b"".join(chunks)
 
 
+def tiff_of_16_bits(image: np.ndarray) -> bytes:
+    """An (H, W, 3) image as a TIFF of 16 bits a channel, which Pillow reads and does not write."""
+    height, width, _ = image.shape
+    data = (image.astype("<u2") * 257).tobytes()
+    count, longs = 9, {256: width, 257: height, 273: 0, 278: height, 279: len(data)}
+    bits_at = 8 + 2 + 12 * count + 4
+    values = {**longs, 258: bits_at, 259: 1, 262: 2, 273: bits_at + 6, 277: 3}
+    entries = (
+        struct.pack("<2H2I", tag, 4 if tag in longs else 3, 3 if tag == 258 else 1, value)
+        for tag, value in sorted(values.items())
+    )
+    head = struct.pack("<2sHI", b"II", 42, 8) + struct.pack("<H", count) + b"".join(entries) + bytes(4)
+    return head + struct.pack("<3H", 16, 16, 16) + data
+
+
 def test_transparent_deep_and_damaged_files_are_refused_by_name(tmp_path) -> None:
     alpha = np.concatenate([IMAGES[0], np.full((16, 16, 1), 128, np.uint8)], axis=2)
     Image.fromarray(alpha).save(tmp_path / "glass.png")
     Image.fromarray(np.full((16, 16), 40_000, np.uint16)).save(tmp_path / "deep.png")
     (tmp_path / "colours.png").write_bytes(png_of_16_bits(IMAGES[0]))
+    (tmp_path / "colours.ppm").write_bytes(b"P6 # 1 2 3\n16 16\n65535\n" + IMAGES[0].astype(">u2").tobytes())
+    (tmp_path / "colours.tif").write_bytes(tiff_of_16_bits(IMAGES[0]))
     whole = write_folder(tmp_path / "whole", IMAGES[:1]) / "000000.png"
     (tmp_path / "cut.png").write_bytes(whole.read_bytes()[:200])
     (tmp_path / "text.png").write_text("not an image")
     for name, why in (
-        ("glass", "transparent"),
-        ("deep", "8 bits"),
-        ("colours", "8 bits"),
-        ("cut", ""),
-        ("text", "not an image"),
+        ("glass.png", "transparent"),
+        ("deep.png", "8 bits"),
+        ("colours.png", "8 bits"),
+        ("colours.ppm", "8 bits"),
+        ("colours.tif", "8 bits"),
+        ("cut.png", ""),
+        ("text.png", "not an image"),
     ):
-        with pytest.raises(BadImageError, match=f"{name}.png.*{why}"):
-            decode_opaque(tmp_path / f"{name}.png")
+        with pytest.raises(BadImageError, match=f"{name}.*{why}"):
+            decode_opaque(tmp_path / name)
+
+
+@pytest.mark.parametrize(("suffix", "options"), [("ppm", {}), ("tif", {}), ("tif", {"compression": "tiff_lzw"})])
+def test_tiff_and_pnm_of_8_bits_are_taken_as_they_are(tmp_path, suffix, options) -> None:
+    Image.fromarray(IMAGES[0]).save(tmp_path / f"x.{suffix}", **options)
+    np.testing.assert_array_equal(decode_opaque(tmp_path / f"x.{suffix}"), IMAGES[0])
+
+
+def test_lack_of_memory_while_hashing_is_a_sentence(tmp_path, monkeypatch) -> None:
+    def fail(*_):
+        raise MemoryError
+
+    images = open_images(write_folder(tmp_path / "folder", IMAGES))
+    monkeypatch.setattr(data_images, "open", fail, raising=False)
+    with pytest.raises(UserError, match="the memory does not suffice") as caught:
+        images.content_hash()
+    assert not isinstance(caught.value, BadImageError)
 
 
 @pytest.mark.parametrize("image_size", [None, 8])
@@ -253,6 +289,7 @@ def test_arrays_have_the_size_that_is_asked_for(tmp_path, name, opened) -> None:
         (lambda path: _npz(path, arr_0=np.zeros((0, 8, 8, 3), np.uint8), arr_1=[]), "file.npz' holds no image"),
         (lambda path: _npz(path, arr_0=np.zeros((2, 8, 8, 3))), "type float64"),
         (lambda path: _npz(path, arr_0=np.zeros((2, 3, 8, 8), np.uint8)), "shape"),
+        (lambda path: _npz(path, arr_0=np.zeros((2, 0, 8, 3), np.uint8)), "shape"),
         (lambda path: _npz(path, arr_0=np.zeros((2, 8, 8, 3), np.uint8), arr_1=np.zeros(3, int)), "3 labels"),
     ],
 )
