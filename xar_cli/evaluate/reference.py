@@ -30,6 +30,7 @@ SUFFIX_OF_LAYER = {
     "spatial": "_s",
 }  # ADM's names: mu, sigma of the pool, mu_s, sigma_s of the spatial layer
 SYMMETRY_TOLERANCE = 1e-5
+NEGATIVE_TOLERANCE = 1e-2  # of the largest variance; at 1024 dimensions float32 left 4e-5 below zero, float16 7e-4
 MAKE_AGAIN = "Make or fetch them again."
 
 
@@ -39,7 +40,8 @@ class Reference:
 
     Attributes:
         name: what a person calls it.
-        content_hash: sha256 of the images or of the statistics file.
+        content_hash: sha256 of an .npz file, whatever it holds; "" for other images, which are hashed where their
+            features are computed.
         images: the images, where there are any.
         statistics: layer name to Gaussian, where given ready-made.
         network: whose features the statistics are of, where given.
@@ -182,6 +184,10 @@ def _read_origin(path: Path, text: np.ndarray) -> Mapping[str, Any]:
             f"{STATISTICS_VERSION}.",
             "Make it again with this version of xar.",
         )
+    kinds = {"network": str, "weights_sha256": str, "count": int, "image_size": list}
+    wrong = [key for key, kind in kinds.items() if not isinstance(origin.get(key, kind()), kind)]
+    if wrong or len(origin.get("image_size", (0, 0))) != 2:
+        raise UserError(f"'{path}' is damaged: '{(wrong or ['image_size'])[0]}' is not as it was written.", MAKE_AGAIN)
     return origin
 
 
@@ -198,6 +204,18 @@ def _checked_gaussian(path: Path, arrays: Mapping[str, np.ndarray], suffix: str)
         fault = "the covariance is not symmetric"
     elif (np.diagonal(sigma) < 0).any():
         fault = "a variance is negative"
+    elif not _is_positive(sigma):
+        fault = "the covariance has negative eigenvalues"
     if fault:
         raise UserError(f"The statistics in '{path}' are wrong: {fault}.", MAKE_AGAIN)
     return Gaussian(mu, sigma)
+
+
+def _is_positive(sigma: np.ndarray) -> bool:
+    """Whether no eigenvalue is clearly negative. By Cholesky's factors, a third of the time of the eigenvalues."""
+    shift = max(NEGATIVE_TOLERANCE * float(np.diagonal(sigma).max()), 1e-30)
+    try:
+        np.linalg.cholesky(sigma + shift * np.eye(len(sigma)))
+    except np.linalg.LinAlgError:
+        return False
+    return True

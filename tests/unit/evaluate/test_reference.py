@@ -64,6 +64,7 @@ def test_adm_batch_gives_statistics_and_images(tmp_path) -> None:
         ({"mu": np.full(12, np.inf)}, "not finite"),
         ({"sigma": np.triu(np.ones((12, 12)))}, "not symmetric"),
         ({"sigma": -np.eye(12)}, "negative"),
+        ({"sigma": np.eye(12) + 2 * np.eye(12)[::-1]}, "negative eigenvalues"),
         ({"mu": np.zeros(12, int)}, "no floating-point"),
         ({"mu": np.zeros(0), "sigma": np.zeros((0, 0))}, "do not belong together"),
         ({"xar": np.array('{"network": ')}, "no JSON object"),
@@ -77,6 +78,24 @@ def test_wrong_statistics_are_refused(tmp_path, change, message: str) -> None:
     np.savez(tmp_path / "ref.npz", **{"mu": np.zeros(12), "sigma": np.eye(12), **change})
     with pytest.raises(UserError, match=message):
         open_reference(tmp_path / "ref.npz")
+
+
+@pytest.mark.parametrize(
+    "about", [{"count": "many"}, {"image_size": [32]}, {"weights_sha256": 7}, {"network": None}], ids=str
+)
+def test_statistics_whose_own_description_is_damaged_are_refused(tmp_path, about) -> None:
+    about = json.dumps({"format": "xar-statistics", "version": 1, **about})
+    np.savez(tmp_path / "ref.npz", mu=np.zeros(12), sigma=np.eye(12), xar=np.array(about))
+    with pytest.raises(UserError, match=f"damaged: '{list(json.loads(about))[2]}'"):
+        open_reference(tmp_path / "ref.npz")
+
+
+@pytest.mark.parametrize("dtype", [np.float64, np.float32, np.float16])
+@pytest.mark.parametrize("scale", [0.0, 1.0])
+def test_a_covariance_without_full_rank_is_one(tmp_path, dtype, scale) -> None:
+    sigma = np.cov(scale * features(5, 40), rowvar=False).astype(dtype)
+    np.savez(tmp_path / "ref.npz", mu=np.zeros(40), sigma=sigma)
+    assert "pool" in open_reference(tmp_path / "ref.npz").statistics
 
 
 def test_an_npz_with_neither_is_refused(tmp_path) -> None:
