@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import itertools
 import json
+import os
 import re
 import shutil
 import signal
@@ -16,6 +17,7 @@ import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -89,7 +91,7 @@ def extract(
             must be on a disk that all of them see.
 
     Raises:
-        UserError: an image cannot be read, or sizes differ where the network needs one size.
+        UserError: an image cannot be read, sizes differ where the network needs one size, or the disk failed.
     """
     selection = hashlib.sha256(indices.astype("<i8").tobytes()).hexdigest()
     key = hashlib.sha256(
@@ -105,19 +107,12 @@ def extract(
     try:
         outcome = _extract_rows(images, network, ranks, partial, indices, batch_size, workers, skip_bad)
         outcomes = _exchange(outcome, network, ranks)
+        seconds = time.monotonic() - start
+        ranks.on_main(lambda: _finish(partial, final, network, indices, outcomes, images))
     except BaseException:
         if ranks.is_main and holder is None:
             shutil.rmtree(partial, ignore_errors=True)
         raise
-    seconds = time.monotonic() - start
-    if ranks.is_main:
-        _finish(partial, network, indices, outcomes, images)
-        if final is not None:
-            if final.exists():  # another process was faster
-                shutil.rmtree(partial)
-            else:
-                partial.rename(final)
-    ranks.barrier()
     table = _open_table(final or partial, network)
     table.images_per_second = len(indices) / max(seconds, 1e-9)
     table.holder = holder
@@ -139,7 +134,9 @@ def content_hash_of(images: ImageSet, cache: Path | None) -> str:
         return images.content_hash()
     note = cache / "hashes" / images.fingerprint()
     if note.is_file():
-        return note.read_text(encoding="utf-8")
+        known = note.read_bytes().decode(errors="replace")
+        if re.fullmatch("[0-9a-f]{64}", known):  # else damaged
+            return known
     found = images.content_hash()
     write_atomic(note, found)
     return found
@@ -166,11 +163,11 @@ def _extract_rows(
 ) -> _Outcome:
     first = ranks.rank * len(indices) // ranks.world_size
     last = (ranks.rank + 1) * len(indices) // ranks.world_size
-    tables = {layer: np.load(folder / f"{layer}.npy", mmap_mode="r+") for layer in network.layers}
     outcome = _Outcome([], None)
     check = _SizeCheck(network, images)
     try:
         with (
+            closing(_RowWriter(folder, network)) as tables,
             stop_between_pieces(signal.SIGINT, signal.SIGTERM) as stop,
             progress(last - first, f"features ({network.name})", enabled=ranks.is_main) as display,
         ):
@@ -191,31 +188,71 @@ def _extract_rows(
                 display.update(len(rows), skipped=len(outcome.bad_rows))
     except UserError as error:
         outcome.error = error
-    for table in tables.values():
-        table.flush()
     outcome.image_size = check.size
     return outcome
 
 
+class _RowWriter:
+    """Writes rows of the tables in a folder, and no byte beside them: the next rows may be another rank's, on another
+    machine, and a memory map would write whole pages back. A full disk is an error here, where there it is a signal.
+    """
+
+    def __init__(self, folder: Path, network: FeatureNetwork) -> None:
+        paths = {layer: folder / f"{layer}.npy" for layer in network.layers}
+        with _storing():
+            self.starts = {layer: np.load(path, mmap_mode="r").offset for layer, path in paths.items()}
+            self.files = {layer: path.open("r+b", buffering=0) for layer, path in paths.items()}
+
+    def write(self, layer: str, rows: Sequence[int], values: np.ndarray) -> None:
+        """Put (B, width) float32 values into these rows of a table."""
+        with _storing():
+            for row, value in zip(rows, np.ascontiguousarray(values, "<f4"), strict=True):
+                offset, data = self.starts[layer] + row * value.nbytes, memoryview(value).cast("B")
+                while data:  # a disk may take a part
+                    written = os.pwrite(self.files[layer].fileno(), data, offset)
+                    offset, data = offset + written, data[written:]
+
+    def close(self) -> None:
+        """Close the files; a network drive may tell only now that it is full."""
+        with _storing():
+            for file in self.files.values():
+                file.close()
+
+
+@contextmanager
+def _storing() -> Iterator[None]:
+    """Have a disk that is full, or fails, be a sentence."""
+    try:
+        yield
+    except OSError as error:
+        raise UserError(
+            f"The features cannot be stored: {error.strerror or error}.",
+            "Make room, or choose another --feature-cache.",
+            exit_code=1,
+        ) from None
+
+
 def _write_rows(
-    tables: Mapping[str, np.ndarray], network: FeatureNetwork, good: list[tuple[int, np.ndarray]], batch_size: int
+    tables: _RowWriter, network: FeatureNetwork, good: list[tuple[int, np.ndarray]], batch_size: int
 ) -> None:
-    pixels = np.stack([image for _, image in good])
-    short = batch_size - len(pixels)
-    if short > 0:  # one batch shape for a compiled network: repeat the last image and drop its features
-        pixels = np.concatenate([pixels, np.repeat(pixels[-1:], short, axis=0)])
     rows = [row for row, _ in good]
-    with memory_for(
-        f"The network '{network.name}' on {batch_size} images at a time",
-        "Lower --batch-size, or sample.batch_size where it is training that evaluates.",
-    ):
-        features = network.features(pixels)
+    work = f"The network '{network.name}' on {batch_size} images at a time"
+    next_step = "Lower --batch-size, or sample.batch_size where it is training that evaluates."
+    try:
+        pixels = np.stack([image for _, image in good])
+        short = batch_size - len(pixels)
+        if short > 0:  # one batch shape for a compiled network: repeat the last image and drop its features
+            pixels = np.concatenate([pixels, np.repeat(pixels[-1:], short, axis=0)])
+        with memory_for(work, next_step):
+            features = network.features(pixels)
+    except MemoryError:
+        raise UserError(f"{work} does not fit into the memory.", next_step, exit_code=1) from None
     for layer, values in features.items():
         if not np.isfinite(values[: len(rows)]).all():
             raise UserError(
                 f"The network '{network.name}' gave features that are not finite.", "Check its weights.", exit_code=1
             )
-        tables[layer][rows] = values[: len(rows)]
+        tables.write(layer, rows, values[: len(rows)])
 
 
 @dataclass
@@ -336,6 +373,27 @@ def _exchange(outcome: _Outcome, network: FeatureNetwork, ranks: Ranks) -> list[
 
 
 def _finish(
+    partial: Path,
+    final: Path | None,
+    network: FeatureNetwork,
+    indices: np.ndarray,
+    outcomes: Sequence[_Outcome],
+    images: ImageSet,
+) -> None:
+    """Complete the tables, and put them into their place in the cache."""
+    with _storing():
+        _complete(partial, network, indices, outcomes, images)
+        if final is None:
+            return
+        try:
+            partial.rename(final)
+        except OSError:
+            if not final.is_dir():
+                raise
+            shutil.rmtree(partial)  # another process was faster
+
+
+def _complete(
     folder: Path, network: FeatureNetwork, indices: np.ndarray, outcomes: Sequence[_Outcome], images: ImageSet
 ) -> None:
     """Cut out rows of images that were left out, and say what the table holds."""
@@ -344,12 +402,11 @@ def _finish(
     if bad:
         for layer in network.layers:
             full = np.load(folder / f"{layer}.npy", mmap_mode="r")
-            dense = np.lib.format.open_memmap(
-                folder / f"{layer}.dense.npy", "w+", np.float32, (len(kept), full.shape[1])
-            )
-            for target, row in enumerate(kept):
-                dense[target] = full[row]
-            dense.flush()
+            form = {"descr": "<f4", "fortran_order": False, "shape": (len(kept), full.shape[1])}
+            with (folder / f"{layer}.dense.npy").open("wb") as dense:
+                np.lib.format.write_array_header_1_0(dense, form)
+                for row in kept:
+                    dense.write(full[row].tobytes())
             (folder / f"{layer}.dense.npy").replace(folder / f"{layer}.npy")
     np.save(folder / "rows.npy", indices[kept])
     size = next(outcome.image_size for outcome in outcomes if outcome.image_size is not None)
@@ -362,7 +419,10 @@ def _is_stored(folder: Path, network: FeatureNetwork) -> bool:
     if not folder.exists():
         return False
     try:
-        _open_table(folder, network)
+        table = _open_table(folder, network)
+        for layer, values in table.layers.items():
+            if values.shape != (len(table), network.layers[layer]):
+                raise ValueError(f"{layer} is {values.shape}")
     except (FileNotFoundError, EOFError, KeyError, TypeError, ValueError) as error:
         log.warning(f"the features in '{folder}' are damaged and are made again ({error})")
         shutil.rmtree(folder)

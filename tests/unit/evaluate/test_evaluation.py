@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
@@ -16,7 +17,7 @@ from PIL import Image
 from tests.unit.evaluate.conftest import make_images, write_folder
 from xar_cli.config.schema import ProtocolName
 from xar_cli.errors import UserError
-from xar_cli.evaluate import Settings, evaluate, make_statistics
+from xar_cli.evaluate import Settings, evaluate, features, make_statistics
 from xar_cli.evaluate.images import ArrayImages, GeneratedImages
 from xar_cli.evaluate.protocols import PROTOCOLS, counted, pick_protocols
 from xar_cli.evaluate.reference import open_reference
@@ -165,6 +166,58 @@ def test_a_cut_off_table_in_the_cache_is_made_again(folders, tmp_path) -> None:
     for file in (tmp_path / "cache").glob("*/pool.npy"):
         os.truncate(file, file.stat().st_size - 100)
     assert evaluate(*folders, "adm", settings=settings).first.metrics == first.first.metrics
+
+
+def test_a_damaged_note_of_a_content_hash_is_written_again(folders, tmp_path) -> None:
+    settings = QUICK.model_copy(update={"feature_cache": tmp_path / "cache"})
+    first = evaluate(*folders, "adm", settings=settings)
+    for note in (tmp_path / "cache" / "hashes").iterdir():
+        note.write_bytes(b"\x80")
+    assert evaluate(*folders, "adm", settings=settings).samples.sha256 == first.samples.sha256
+
+
+def test_a_table_of_another_shape_in_the_cache_is_made_again(folders, fake_networks, tmp_path) -> None:
+    settings = QUICK.model_copy(update={"feature_cache": tmp_path / "cache"})
+    first = evaluate(*folders, "adm", settings=settings)
+    for path in (tmp_path / "cache").glob("*/pool.npy"):
+        np.save(path, np.load(path)[:-1])
+    assert evaluate(*folders, "adm", settings=settings).first.metrics == first.first.metrics
+    assert fake_networks["inception"].images_seen == 24 + 32
+
+
+@pytest.mark.parametrize(("place", "name"), [(os, "pwrite"), (features, "write_json")])
+def test_a_full_disk_is_a_sentence_and_leaves_nothing(folders, tmp_path, monkeypatch, place, name) -> None:
+    def full(*_, **__):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(place, name, full)
+    settings = QUICK.model_copy(update={"feature_cache": tmp_path / "cache"})
+    with pytest.raises(UserError, match="features cannot be stored: No space left on device") as caught:
+        evaluate(*folders, "adm", settings=settings)
+    assert caught.value.exit_code == 1
+    assert [path.name for path in (tmp_path / "cache").iterdir()] == ["hashes"]
+
+
+def test_rows_are_written_whole_and_nothing_beside_them(folders, monkeypatch) -> None:
+    """Also where the disk takes a part at a time. The next rows may be another machine's."""
+    expected, written = evaluate(*folders, "adm", settings=QUICK), []
+    real = os.pwrite
+
+    def pwrite(descriptor, data, offset):
+        written.append(min(len(data), 17))
+        return real(descriptor, data[:17], offset)
+
+    monkeypatch.setattr(os, "pwrite", pwrite)
+    found = evaluate(*folders, "adm", settings=QUICK)
+    for layer, values in expected.tables["inception"].layers.items():
+        np.testing.assert_array_equal(found.tables["inception"].layers[layer], values)
+    assert sum(written) == (22 + 30) * (12 + 5 + 6) * 4
+
+
+def test_a_batch_for_which_the_memory_does_not_suffice_is_a_sentence(folders) -> None:
+    with pytest.raises(UserError, match=f"on {10**12} images at a time does not fit") as caught:
+        evaluate(*folders, "adm", settings=QUICK.model_copy(update={"batch_size": 10**12}))
+    assert "Lower --batch-size" in caught.value.next_step
 
 
 def test_statistics_give_the_number_of_the_images(folders, tmp_path) -> None:
