@@ -184,9 +184,9 @@ def _read_origin(path: Path, text: np.ndarray) -> Mapping[str, Any]:
             f"{STATISTICS_VERSION}.",
             "Make it again with this version of xar.",
         )
-    kinds = {"network": str, "weights_sha256": str, "count": int, "image_size": list}
-    wrong = [key for key, kind in kinds.items() if not isinstance(origin.get(key, kind()), kind)]
-    if wrong or len(origin.get("image_size", (0, 0))) != 2:
+    kinds = {"network": str, "weights_sha256": str, "count": int, "image_size": list | None}
+    wrong = [key for key, kind in kinds.items() if key in origin and not isinstance(origin[key], kind)]
+    if wrong or len(origin.get("image_size") or (0, 0)) != 2:
         raise UserError(f"'{path}' is damaged: '{(wrong or ['image_size'])[0]}' is not as it was written.", MAKE_AGAIN)
     return origin
 
