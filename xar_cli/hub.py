@@ -129,7 +129,7 @@ def remote_facts(file: HubFile) -> tuple[int | None, str | None]:
     with _hub_errors(str(file)):
         facts = get_hf_file_metadata(hf_hub_url(file.repo, file.filename, revision=file.revision))
     etag = facts.etag or ""
-    return facts.size, etag if _SHA256.fullmatch(etag) else None
+    return facts.size, etag if is_sha256(etag) else None
 
 
 def cached(file: HubFile) -> Path | None:
@@ -150,7 +150,7 @@ def require_room(size: int) -> None:
 def recorded_sha256(path: Path) -> str | None:
     """The sha256 that the hub stated when a file was fetched; the cache names large files by it, others not: None."""
     name = path.resolve().name
-    return name if _SHA256.fullmatch(name) else None
+    return name if is_sha256(name) else None
 
 
 def keep_if_sound(path: Path, expected: str) -> None:
@@ -173,6 +173,11 @@ def sha256_of(path: Path) -> str:
         while block := file.read(1 << 22):
             digest.update(block)
     return digest.hexdigest()
+
+
+def is_sha256(text: str) -> bool:
+    """Whether a text has the form of what `sha256_of` gives."""
+    return _SHA256.fullmatch(text) is not None
 
 
 def require_repo_name(repo: str) -> None:

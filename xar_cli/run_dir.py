@@ -168,8 +168,16 @@ def write_atomic(path: Path, data: bytes | str) -> None:
 
 
 def temporary_files(path: Path) -> list[Path]:
-    """What `write_atomic` left beside `path` where it was killed."""
+    """What a process that was killed while it wrote `path` has left beside it: files, or folders of an export."""
     return list(path.parent.glob(f".{glob.escape(path.name)}.*.tmp"))
+
+
+def write_at(descriptor: int, data: bytes | memoryview, offset: int) -> None:
+    """Write all of the bytes at a place in an open file, of which the system may take a part at a time."""
+    left = memoryview(data)
+    while left:
+        done = os.pwrite(descriptor, left, offset)
+        left, offset = left[done:], offset + done
 
 
 def flush(path: Path) -> None:

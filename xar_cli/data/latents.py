@@ -19,6 +19,7 @@ from xar_cli.config.schema import sides_text
 from xar_cli.data.cache_file import BAD, MISSING, WRITTEN, CacheFile, CacheLayout
 from xar_cli.data.rows import RowReader
 from xar_cli.errors import UserError
+from xar_cli.run_dir import write_at
 
 if TYPE_CHECKING:
     from xar_cli.config import Config
@@ -136,10 +137,7 @@ class LatentWriter:
             self._descriptors[number] = os.open(shard.path, os.O_RDWR | os.O_CLOEXEC)
         data = value.tobytes()
         place = shard.offsets[name] + (row - shard.start) * len(data)
-        view = memoryview(data)
-        while view:
-            done = os.pwrite(self._descriptors[number], view, place)
-            view, place = view[done:], place + done
+        write_at(self._descriptors[number], data, place)
         self._touched.add(number)
         self.bytes_written += len(data)
 

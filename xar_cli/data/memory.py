@@ -13,7 +13,7 @@ from pathlib import Path
 
 from xar_cli.data.cache_file import CacheFile, Shard
 from xar_cli.errors import UserError
-from xar_cli.run_dir import format_bytes
+from xar_cli.run_dir import format_bytes, write_at
 
 try:
     import fcntl
@@ -112,5 +112,5 @@ class MemoryCopy:
                 data = os.pread(file.fileno(), min(count, _BLOCK), source)
                 if not data:
                     raise OSError(f"{shard.path}: the file has become shorter while it was being read")
-                done = os.pwrite(self._descriptor, data, target)  # maybe not all of it
-                source, target, count = source + done, target + done, count - done
+                write_at(self._descriptor, data, target)
+                source, target, count = source + len(data), target + len(data), count - len(data)

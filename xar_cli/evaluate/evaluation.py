@@ -99,7 +99,7 @@ def evaluate(
     rows = spread_rows(len(opened), settings.count)
     _require_enough(opened.name, len(rows))
 
-    work = _Extraction(settings, ranks)
+    work, size = _Extraction(settings, ranks), _size_of(opened)
     tables: dict[str, FeatureTable] = {}
     reference_tables: dict[str, FeatureTable] = {}
     networks: dict[str, FeatureNetwork] = {}
@@ -107,13 +107,13 @@ def evaluate(
         networks[name] = network = work.network(name, found, len(rows))
         for layer in dict.fromkeys(layer for one in wanted if one.network == name for layer in one.layers):
             against.gaussian(network, layer)  # statistics that do not fit are refused before any work
-        _check_sizes(_size_of(opened), against, network)
+        _check_sizes(size, against, network)
     for name, network in networks.items():
         tables[name] = work.table(opened, network, rows)
         _require_enough(opened.name, len(tables[name]))
         if against.images is not None:
             reference_tables[name] = work.table(against.images, network, np.arange(len(against.images)))
-        if _size_of(opened) is None:  # a generator that did not say it before
+        if size is None:  # a generator that did not say it before
             _check_sizes(tables[name].image_size, against, network)
 
     results = {}

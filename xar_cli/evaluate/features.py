@@ -9,7 +9,6 @@ from __future__ import annotations
 import hashlib
 import itertools
 import json
-import os
 import re
 import shutil
 import signal
@@ -31,8 +30,9 @@ from xar_cli.distributed import Ranks
 from xar_cli.errors import UserError
 from xar_cli.evaluate.images import FolderImages, ImageSet
 from xar_cli.evaluate.networks import FeatureNetwork
+from xar_cli.hub import is_sha256
 from xar_cli.logs import log, progress
-from xar_cli.run_dir import require_writable, write_atomic, write_json
+from xar_cli.run_dir import require_writable, write_at, write_atomic, write_json
 from xar_cli.stopping import stop_between_pieces
 
 TABLE_VERSION = 1
@@ -135,7 +135,7 @@ def content_hash_of(images: ImageSet, cache: Path | None) -> str:
     note = cache / "hashes" / images.fingerprint()
     if note.is_file():
         known = note.read_bytes().decode(errors="replace")
-        if re.fullmatch("[0-9a-f]{64}", known):  # else damaged
+        if is_sha256(known):  # else damaged
             return known
     found = images.content_hash()
     write_atomic(note, found)
@@ -207,10 +207,7 @@ class _RowWriter:
         """Put (B, width) float32 values into these rows of a table."""
         with _storing():
             for row, value in zip(rows, np.ascontiguousarray(values, "<f4"), strict=True):
-                offset, data = self.starts[layer] + row * value.nbytes, memoryview(value).cast("B")
-                while data:  # a disk may take a part
-                    written = os.pwrite(self.files[layer].fileno(), data, offset)
-                    offset, data = offset + written, data[written:]
+                write_at(self.files[layer].fileno(), value.tobytes(), self.starts[layer] + row * value.nbytes)
 
     def close(self) -> None:
         """Close the files; a network drive may tell only now that it is full."""

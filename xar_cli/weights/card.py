@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import json
 import math
-import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from xar_cli.config.recipes import dump_config
 from xar_cli.errors import UserError
+from xar_cli.hub import is_sha256
 from xar_cli.weights.export import export_weights
 from xar_cli.weights.files import WeightsFile
 from xar_cli.weights.info import num_parameters
@@ -112,7 +112,7 @@ def _table_rows(result: Mapping[str, Any]) -> list[str]:
         ValueError: the reference has no sha256.
     """
     sha256 = result["reference"]["sha256"]
-    if not re.fullmatch("[0-9a-f]{64}", sha256):
+    if not is_sha256(sha256):
         raise ValueError(f"the reference's sha256 is '{sha256}'")
     reference = f"{Path(result['reference']['name']).name} (sha256 {sha256[:12]})"
     count = int(result["samples"]["count"])
