@@ -5,6 +5,7 @@ Owns names and atomic writes; knows nothing of what the files mean.
 
 from __future__ import annotations
 
+import errno
 import glob
 import json
 import os
@@ -178,6 +179,21 @@ def write_at(descriptor: int, data: bytes | memoryview, offset: int) -> None:
     while left:
         done = os.pwrite(descriptor, left, offset)
         left, offset = left[done:], offset + done
+
+
+def read_at(descriptor: int, count: int, offset: int) -> bytes:
+    """Read so many bytes at a place in an open file, of which the system may give a part at a time.
+
+    Raises:
+        OSError: the file ends before.
+    """
+    parts: list[bytes] = []
+    while count:
+        parts.append(os.pread(descriptor, count, offset))
+        if not parts[-1]:
+            raise OSError(errno.EIO, "the file has become shorter while it was being read")
+        count, offset = count - len(parts[-1]), offset + len(parts[-1])
+    return parts[0] if len(parts) == 1 else b"".join(parts)
 
 
 def flush(path: Path) -> None:

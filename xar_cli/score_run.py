@@ -19,7 +19,7 @@ from xar_cli.config.recipes import override
 from xar_cli.config.schema import Config, Section
 from xar_cli.distributed import Ranks, process_group
 from xar_cli.errors import UserError
-from xar_cli.evaluate import Settings, evaluate, identify_inputs
+from xar_cli.evaluate import Evaluator, Settings, evaluate
 from xar_cli.evaluate.images import GeneratedImages
 from xar_cli.evaluate.protocols import pick_protocol, pick_protocols
 from xar_cli.evaluate.reference import open_reference
@@ -108,6 +108,7 @@ def sweep_of_run(settings: SweepSettings) -> dict[str, Any]:
         config = source.sampling.config
         measure = settings.measure.model_copy(update={"batch_size": config.sample.batch_size})
         protocol = pick_protocol(source.protocols).name
+        judge = Evaluator(reference, protocol, settings=measure, ranks=ranks)
 
         def config_at(point: Point) -> Config:
             values = [f"sample.guidance_scale={point.guidance_scale}", f"sample.num_steps={point.num_steps}"]
@@ -119,12 +120,13 @@ def sweep_of_run(settings: SweepSettings) -> dict[str, Any]:
             config_at(Point(*point))  # a wrong one is refused before the first is drawn
 
         def score(point: Point) -> Score | None:
+            judge.prepare(source.sampling.count)
             if "network" not in vars(source):  # a first batch, so that compiling does not count in the speed
                 warm_up = range(min(config.sample.batch_size, source.sampling.count))
                 source.images(source.sampling).load_many(list(warm_up))
             changed = source.sampling.model_copy(update={"config": config_at(point)})
             images = source.images(changed, keep_features=False)
-            found = evaluate(images, reference, protocol, settings=measure, ranks=ranks)
+            found = judge.evaluate(images)
             if not ranks.is_main:
                 return None
             metrics = found.first.metrics
@@ -138,7 +140,7 @@ def sweep_of_run(settings: SweepSettings) -> dict[str, Any]:
         identity = {
             "weights_sha256": source.weights_sha256, "tokenizer": source.codec.tokenizer.identity,
             "reference": reference.name, "protocol": protocol, "count": source.sampling.count, "seed": settings.seed,
-            "solver": config.sample.solver, **identify_inputs(reference, protocol, measure, ranks),
+            "solver": config.sample.solver, **judge.identity(),
         }  # fmt: skip
         return run_sweep(out, identity, scales, steps, score, ranks.is_main)
 

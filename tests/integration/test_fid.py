@@ -8,11 +8,14 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from xar_cli import score_run
 from xar_cli.cli.app import main
 from xar_cli.data.digits import write_digits
+from xar_cli.evaluate import evaluation
+from xar_cli.evaluate.features import extract
 from xar_cli.sample.stage import draw_images
 
 SMALL = ["--set", "model.dim=32", "--set", "model.depth=1", "--set", "model.heads=2"]
@@ -210,7 +213,14 @@ def test_images_of_a_run_are_drawn_in_batches_of_the_recipe_or_of_the_option(
     assert report["cost"]["total_per_image"] == sum(report["cost"][key] for key in ("conditional", "null", "commits"))
 
 
-def test_sweep_scores_draws_and_resumes(capsys, run, digits, draws, tmp_path) -> None:
+def test_sweep_scores_draws_and_resumes(capsys, run, digits, draws, tmp_path, monkeypatch) -> None:
+    extracted = []
+
+    def noted(images, *arguments, **options):
+        extracted.append(images)
+        return extract(images, *arguments, **options)
+
+    monkeypatch.setattr(evaluation, "extract", noted)
     command = [
         "fid", "sweep", "--run", run, "--reference", digits[0], "--guidance-scale", "1:2:1", "--num-steps", "2",
         "--count", 20, "--out", tmp_path / "sweep", "--no-feature-cache", "--json",
@@ -220,6 +230,7 @@ def test_sweep_scores_draws_and_resumes(capsys, run, digits, draws, tmp_path) ->
     result = json.loads(out)
     assert [point["point"]["guidance_scale"] for point in result["points"]] == [1.0, 2.0]
     assert draws == [20, 20, 20]  # the first one warms up
+    assert [images.generated for images in extracted] == [True, False, True]  # the reference once
     assert all(point["images_per_second"] > 0 and point["error"] > 0 for point in result["points"])
     assert Path(result["plot"]).is_file()
     code, out, err = xar(capsys, *command)
@@ -241,6 +252,21 @@ def test_a_wrong_point_is_refused_before_the_first_is_drawn(
     assert "sample." in err
     assert draws == []
     assert not (tmp_path / "sweep").exists()
+
+
+def test_statistics_of_another_network_are_refused_before_a_sweep_draws(capsys, run, digits, draws, tmp_path) -> None:
+    reference = tmp_path / "reference.npz"
+    assert xar(capsys, "fid", "stats", digits[0], "-o", reference, "--protocol", "digits", "--no-feature-cache")[0] == 0
+    arrays = dict(np.load(reference))
+    arrays["xar"] = np.array(str(arrays["xar"]).replace('"weights_sha256": "', '"weights_sha256": "0'))
+    np.savez(reference, **arrays)
+    code, _, err = xar(
+        capsys, "fid", "sweep", "--run", run, "--reference", reference, "--count", 20, "--out", tmp_path / "sweep",
+        "--no-feature-cache",
+    )  # fmt: skip
+    assert code == 2
+    assert "was made with other weights" in " ".join(err.split())
+    assert draws == []
 
 
 @pytest.mark.parametrize("option", [("--seed", 1), ("--tokenizer-weights", "kl16.ckpt")])

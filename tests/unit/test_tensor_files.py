@@ -105,7 +105,7 @@ def test_an_old_pickle_whose_list_of_storages_is_damaged_is_a_sentence(tmp_path)
 
 
 @pytest.mark.parametrize("kind", ["script", "zeros"])
-def test_where_torch_advises_to_open_a_file_all_the_same_its_words_are_not_told(tmp_path, kind):
+def test_where_torch_advises_to_open_a_file_all_the_same_its_words_are_not_told(tmp_path, kind, recwarn):
     path = tmp_path / "weights.pth"
     path.write_bytes(bytes(1 << 16))  # as a download leaves that reserves its space
     if kind == "script":
@@ -116,6 +116,7 @@ def test_where_torch_advises_to_open_a_file_all_the_same_its_words_are_not_told(
     with pytest.raises(UserError, match=r"is a TorchScript archive .* or no PyTorch file") as error:
         read_tensor_file(path)
     assert "weights_only" not in str(error.value)
+    assert not recwarn.list
 
 
 @pytest.mark.parametrize("reader", ["open", "safe_open"])

@@ -6,9 +6,10 @@ protocol's numbers are computed stands in judge.py, what comes out in results.py
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
+from weakref import WeakKeyDictionary
 
 import numpy as np
 import torch
@@ -19,7 +20,6 @@ from xar_cli.data.images import BadImageError
 from xar_cli.device_memory import memory_for
 from xar_cli.distributed import Ranks
 from xar_cli.errors import UserError
-from xar_cli.evaluate import metrics
 from xar_cli.evaluate.digits import weights_sha256 as digits_sha256
 from xar_cli.evaluate.features import FeatureTable, content_hash_of, extract, spread_rows
 from xar_cli.evaluate.images import ImageSet, open_images
@@ -77,53 +77,116 @@ def evaluate(
     settings: Settings | None = None,
     ranks: Ranks = ALONE,
 ) -> Evaluation:
-    """Measure samples against a reference.
+    """Measure one set of samples against a reference; arguments and errors are those of `Evaluator`."""
+    return Evaluator(reference, protocol, settings=settings, ranks=ranks).evaluate(samples)
 
-    Every rank calls this. Features are computed by all ranks together; the numbers are computed by rank 0 from the
-    table of all of them, so they do not depend on how many ranks there are.
+
+class Evaluator:
+    """Measures sets of samples against one reference, by named protocols.
+
+    Networks and the reference's features are made when the first set comes, and serve all others. Every rank calls
+    all methods. Features are computed by all ranks together; the numbers are computed by rank 0 from the table of all
+    of them, so they do not depend on how many ranks there are.
 
     Args:
-        samples: folder, ADM `.npz`, HDF5 file, or an opened set.
         reference: folder, ADM batch, or statistics file, or an opened one.
         protocol: one name, or several.
-
-    Returns:
-        On rank 0 everything; on other ranks the same with no results.
+        settings: how to measure.
+        ranks: who measures.
 
     Raises:
-        UserError: either cannot be read or does not fit, or the weights of a network are missing.
+        UserError: the reference cannot be read, or the weights of a network are missing.
     """
-    settings = settings or Settings()
-    wanted, against, weights = _open_inputs(reference, protocol, settings)
-    opened = open_images(samples, settings.image_size)
-    rows = spread_rows(len(opened), settings.count)
-    _require_enough(opened.name, len(rows))
 
-    work, size = _Extraction(settings, ranks), _size_of(opened)
-    tables: dict[str, FeatureTable] = {}
-    reference_tables: dict[str, FeatureTable] = {}
-    networks: dict[str, FeatureNetwork] = {}
-    for name, found in weights.items():
-        networks[name] = network = work.network(name, found, len(rows))
-        for layer in dict.fromkeys(layer for one in wanted if one.network == name for layer in one.layers):
-            against.gaussian(network, layer)  # statistics that do not fit are refused before any work
-        _check_sizes(size, against, network)
-    for name, network in networks.items():
-        tables[name] = work.table(opened, network, rows)
-        _require_enough(opened.name, len(tables[name]))
-        if against.images is not None:
-            reference_tables[name] = work.table(against.images, network, np.arange(len(against.images)))
-        if size is None:  # a generator that did not say it before
-            _check_sizes(tables[name].image_size, against, network)
+    def __init__(
+        self,
+        reference: Path | ImageSet | Reference,
+        protocol: str | Sequence[str] = "digits",
+        *,
+        settings: Settings | None = None,
+        ranks: Ranks = ALONE,
+    ) -> None:
+        self._settings, self._ranks = settings or Settings(), ranks
+        self._protocols, self._reference, self._weights = _open_inputs(reference, protocol, self._settings)
+        self._work = _Extraction(self._settings, ranks)
+        self._networks: dict[str, FeatureNetwork] = {}
+        self._reference_tables: dict[str, FeatureTable] = {}
 
-    results = {}
-    if ranks.is_main:
-        for one in wanted:
-            results[one.name] = Judge(
-                one, networks, tables, reference_tables, against, opened, settings.error_bars, settings.extrapolate
-            ).result()
-    facts = _facts(opened.name, work.content_hash(opened), tables[wanted[0].network])
-    return Evaluation(facts, _reference_facts(against, work, reference_tables), results, tables, reference_tables)
+    def prepare(self, count: int) -> None:
+        """Build the networks, compiled where `count` images pay for it; nothing where that is done.
+
+        Raises:
+            UserError: a network cannot be built, or the reference's statistics do not go with it.
+        """
+        for name, found in self._weights.items():
+            if name in self._networks:
+                continue
+            network = self._work.network(name, found, count)
+            for layer in dict.fromkeys(layer for one in self._protocols if one.network == name for layer in one.layers):
+                self._reference.gaussian(network, layer)
+            self._networks[name] = network
+
+    def evaluate(self, samples: Path | ImageSet) -> Evaluation:
+        """Measure a folder, ADM `.npz`, HDF5 file, or an opened set.
+
+        Returns:
+            On rank 0 everything; on other ranks the same with no results.
+
+        Raises:
+            UserError: the samples cannot be read or do not fit; as `prepare`.
+        """
+        settings, work = self._settings, self._work
+        opened = open_images(samples, settings.image_size)
+        rows = spread_rows(len(opened), settings.count)
+        _require_enough(opened.name, len(rows))
+        size = _size_of(opened)
+        self._check_sizes(size)
+        self.prepare(len(rows))  # what does not fit is refused before any work
+        tables: dict[str, FeatureTable] = {}
+        for name, network in self._networks.items():
+            tables[name] = work.table(opened, network, rows)
+            _require_enough(opened.name, len(tables[name]))
+            self._add_reference_table(network)
+            if size is None:  # a generator that did not say it before
+                size = tables[name].image_size
+                self._check_sizes(size)
+
+        results = {}
+        if self._ranks.is_main:
+            for one in self._protocols:
+                results[one.name] = Judge(
+                    one, self._networks, tables, self._reference_tables, self._reference, opened, settings.error_bars,
+                    settings.extrapolate,
+                ).result()  # fmt: skip
+        facts = _facts(opened.name, work.content_hash(opened), tables[self._protocols[0].network])
+        return Evaluation(facts, self._reference_facts(), results, tables, self._reference_tables)
+
+    def identity(self) -> dict[str, Any]:
+        """What numbers depend on beside samples and settings, by content: the reference, each network's weights."""
+        digest = self._reference.content_hash
+        if not digest and self._reference.images is not None:
+            digest = self._work.content_hash(self._reference.images)
+        hashes = {name: digits_sha256() if found is None else found.sha256 for name, found in self._weights.items()}
+        return {"reference_sha256": digest, "network_weights": hashes}
+
+    def _check_sizes(self, size: tuple[int, int] | None) -> None:
+        for name in self._weights:
+            _check_sizes(size, self._reference, NETWORKS[name])
+
+    def _add_reference_table(self, network: FeatureNetwork) -> None:
+        images = self._reference.images
+        if images is not None and network.name not in self._reference_tables:
+            self._reference_tables[network.name] = self._work.table(images, network, np.arange(len(images)))
+
+    def _reference_facts(self) -> SetFacts:
+        """Facts of the reference; a file of statistics goes by its own hash, whatever images it holds beside them."""
+        reference, tables = self._reference, self._reference_tables
+        if reference.images is not None and tables:
+            sha256 = reference.content_hash or self._work.content_hash(reference.images)
+            return _facts(reference.name, sha256, next(iter(tables.values())))
+        size = reference.origin.get("image_size")
+        count = int(reference.origin.get("count", 0))
+        return SetFacts(reference.name, reference.content_hash, count, tuple(size) if size else None)
 
 
 def check_inputs(
@@ -137,22 +200,6 @@ def check_inputs(
     if image_size is not None:
         for name in weights:
             _check_sizes(height_and_width(image_size), against, NETWORKS[name])
-
-
-def identify_inputs(
-    reference: Path | ImageSet | Reference, protocol: str | Sequence[str], settings: Settings, ranks: Ranks
-) -> dict[str, Any]:
-    """What numbers depend on beside samples and settings, by content: the reference, and each network's weights.
-
-    Raises:
-        UserError: as `evaluate`.
-    """
-    _, against, weights = _open_inputs(reference, protocol, settings)
-    digest = against.content_hash
-    if not digest and against.images is not None:
-        digest = _Extraction(settings, ranks).content_hash(against.images)
-    hashes = {name: digits_sha256() if found is None else found.sha256 for name, found in weights.items()}
-    return {"reference_sha256": digest, "network_weights": hashes}
 
 
 def make_statistics(
@@ -184,7 +231,7 @@ def make_statistics(
     }  # fmt: skip
     if ranks.is_main:
         layers = [layer for layer in ("pool", "spatial") if layer in table.layers]
-        gaussians = {layer: metrics.moments(table.layers[layer]).gaussian() for layer in layers}
+        gaussians = {layer: table.gaussian(layer) for layer in layers}
         write_statistics(out, gaussians, origin)
     return origin
 
@@ -196,7 +243,7 @@ class _Extraction:
         if settings.feature_cache is not None:
             require_writable(settings.feature_cache, 1 << 20, "the features")
         self.settings, self.ranks = settings, ranks
-        self._hashes: dict[int, str] = {}
+        self._hashes: WeakKeyDictionary[ImageSet, str] = WeakKeyDictionary()
 
     def network(self, name: str, weights: Weights | None, count: int) -> FeatureNetwork:
         """A network, compiled where `count` images pay for it."""
@@ -211,10 +258,10 @@ class _Extraction:
 
     def content_hash(self, images: ImageSet) -> str:
         """The content hash of a set, read by rank 0."""
-        if id(images) not in self._hashes:
+        if images not in self._hashes:
             cache = self.settings.feature_cache
-            self._hashes[id(images)] = self.ranks.on_main(lambda: content_hash_of(images, cache))
-        return self._hashes[id(images)]
+            self._hashes[images] = self.ranks.on_main(lambda: content_hash_of(images, cache))
+        return self._hashes[images]
 
     def table(self, images: ImageSet, network: FeatureNetwork, rows: np.ndarray) -> FeatureTable:
         """Features of some images of a set."""
@@ -253,9 +300,7 @@ def _require_enough(name: str, count: int) -> None:
         raise UserError(f"'{name}' holds {count} usable image.", "A distance between distributions needs two at least.")
 
 
-def _check_sizes(
-    ours: tuple[int, int] | None, reference: Reference, network: FeatureNetwork | type[FeatureNetwork]
-) -> None:
+def _check_sizes(ours: tuple[int, int] | None, reference: Reference, network: type[FeatureNetwork]) -> None:
     """Samples and reference of different resolutions differ by their blur, whatever the resize: refuse, or warn."""
     theirs = reference.origin.get("image_size") if reference.images is None else _size_of(reference.images)
     if ours is None or theirs is None or tuple(theirs) == ours or network.input_size is not None:
@@ -287,13 +332,3 @@ def _size_of(images: ImageSet) -> tuple[int, int] | None:
 
 def _facts(name: str, sha256: str, table: FeatureTable) -> SetFacts:
     return SetFacts(name, sha256, len(table), table.image_size, table.skipped, table.images_per_second)
-
-
-def _reference_facts(reference: Reference, work: _Extraction, tables: Mapping[str, FeatureTable]) -> SetFacts:
-    """Facts of the reference; a file of statistics goes by its own hash, whatever images it holds beside them."""
-    if reference.images is not None and tables:
-        sha256 = reference.content_hash or work.content_hash(reference.images)
-        return _facts(reference.name, sha256, next(iter(tables.values())))
-    size = reference.origin.get("image_size")
-    count = int(reference.origin.get("count", 0))
-    return SetFacts(reference.name, reference.content_hash, count, tuple(size) if size else None)

@@ -28,7 +28,9 @@ from xar_cli.data.images import BadImageError
 from xar_cli.device_memory import memory_for
 from xar_cli.distributed import Ranks
 from xar_cli.errors import UserError
+from xar_cli.evaluate.frechet import Gaussian
 from xar_cli.evaluate.images import FolderImages, ImageSet
+from xar_cli.evaluate.metrics import moments
 from xar_cli.evaluate.networks import FeatureNetwork
 from xar_cli.hub import is_sha256
 from xar_cli.logs import log, progress
@@ -63,8 +65,17 @@ class FeatureTable:
     images_per_second: float | None
     holder: Any = field(default=None, repr=False)
 
+    def __post_init__(self) -> None:
+        self._gaussians: dict[str, Gaussian] = {}
+
     def __len__(self) -> int:
         return len(self.rows)
+
+    def gaussian(self, layer: str) -> Gaussian:
+        """Mean and covariance of a layer, computed once."""
+        if layer not in self._gaussians:
+            self._gaussians[layer] = moments(self.layers[layer]).gaussian()
+        return self._gaussians[layer]
 
 
 def extract(
@@ -413,9 +424,9 @@ def _complete(
 
 def _is_stored(folder: Path, network: FeatureNetwork) -> bool:
     """Whether a table is in the cache; a damaged one is removed, to be made again."""
-    if not folder.exists():
-        return False
     try:
+        if not folder.exists():
+            return False
         table = _open_table(folder, network)
         for layer, values in table.layers.items():
             if values.shape != (len(table), network.layers[layer]):
@@ -424,6 +435,11 @@ def _is_stored(folder: Path, network: FeatureNetwork) -> bool:
         log.warning(f"the features in '{folder}' are damaged and are made again ({error})")
         shutil.rmtree(folder)
         return False
+    except OSError as error:  # they may be whole
+        raise UserError(
+            f"The features in '{folder}' cannot be read: {error.strerror}.",
+            "Mend their permissions or disk, or choose another --feature-cache.",
+        ) from None
     return True
 
 

@@ -30,6 +30,7 @@ from xar_cli.data.images import (
     walk,
 )
 from xar_cli.errors import UserError
+from xar_cli.evaluate.npz import IMAGES, StoredRows, read_npz
 from xar_cli.logs import log
 from xar_cli.run_dir import is_there
 
@@ -87,6 +88,12 @@ class ImageSet(ABC):
     def class_name(self, label: int) -> str:
         """What to call a class."""
         return str(self.class_names[label]) if self.class_names else str(label)
+
+    def class_caption(self, label: int) -> str:
+        """Its name where no other class has the same; else with its number, as ImageNet's two kinds of crane need."""
+        name = self.class_name(label)
+        shared = self.class_names is not None and list(self.class_names).count(name) > 1
+        return f"{name} ({label})" if shared else name
 
 
 class FolderImages(ImageSet):
@@ -179,7 +186,7 @@ class FolderImages(ImageSet):
 
 
 class ArrayImages(ImageSet):
-    """Images in an array, or in an HDF5 dataset that is read row by row.
+    """Images in an array, or in a file that is read row by row.
 
     Args:
         images: (N, H, W, 3), (N, H, W, 1) or (N, H, W) uint8.
@@ -190,7 +197,9 @@ class ArrayImages(ImageSet):
         UserError: the array is something else.
     """
 
-    def __init__(self, images: np.ndarray | h5py.Dataset, name: str, labels: np.ndarray | None = None) -> None:
+    def __init__(
+        self, images: np.ndarray | h5py.Dataset | StoredRows, name: str, labels: np.ndarray | None = None
+    ) -> None:
         shape = tuple(images.shape)
         is_shape = (len(shape) == 3 or (len(shape) == 4 and shape[3] in (1, 3))) and 0 not in shape[1:]
         if images.dtype != np.uint8 or not is_shape:
@@ -220,16 +229,22 @@ class ArrayImages(ImageSet):
 
     def load(self, index: int) -> np.ndarray:
         """One row of the array."""
-        image = np.asarray(self.images[index])
+        image = self._rows(index)
         image = image[..., None] if image.ndim == 2 else image
         return np.broadcast_to(image, (*image.shape[:2], 3))
 
     def content_hash(self) -> str:
-        """sha256 over shape and pixels."""
+        """sha256 over shape and pixels; raises UserError where the machine failed."""
         digest = hashlib.sha256(str(tuple(self.images.shape)).encode())
         for start in range(0, len(self.images), HASH_BLOCK):
-            digest.update(np.ascontiguousarray(self.images[start : start + HASH_BLOCK]).tobytes())
+            digest.update(np.ascontiguousarray(self._rows(slice(start, start + HASH_BLOCK))).tobytes())
         return digest.hexdigest()
+
+    def _rows(self, rows: int | slice) -> np.ndarray:
+        try:
+            return np.asarray(self.images[rows])
+        except OSError as error:
+            raise read_failure(self.name, error) from None
 
 
 class GeneratedImages(ImageSet):
@@ -394,25 +409,12 @@ def _bits_of_channel(file: BinaryIO, image: Image.Image) -> int:
     return 8
 
 
-def read_npz(path: Path) -> dict[str, np.ndarray]:
-    """All arrays of an .npz file, without unpickling anything.
-
-    Raises:
-        UserError: it is damaged, or holds Python objects.
-    """
-    try:
-        with np.load(path, allow_pickle=False) as arrays:
-            return {name: arrays[name] for name in arrays.files}
-    except Exception as error:  # zipfile, zlib, numpy: each has errors of its own
-        raise UserError(f"'{path}' cannot be read as an .npz file ({error}).", "Fetch or make it again.") from None
-
-
 def _open_npz(path: Path) -> ArrayImages:
     arrays = read_npz(path)
-    if "arr_0" not in arrays:
+    if IMAGES not in arrays:
         kind = "It holds statistics: give it as --reference." if "mu" in arrays else "Give an ADM sample batch."
         raise UserError(f"'{path}' holds no images (no array 'arr_0').", kind)
-    images = ArrayImages(arrays["arr_0"], printable(str(path)), arrays.get("arr_1"))
+    images = ArrayImages(arrays[IMAGES], printable(str(path)), arrays.get("arr_1"))
     images.adopt(manifest_of_npz(path, arrays))
     return images
 

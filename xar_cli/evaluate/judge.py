@@ -78,7 +78,7 @@ class Judge:
         if given is not None:
             return given, "reference: statistics"
         table = self.reference_tables[self.protocol.network]
-        return metrics.moments(table.layers[layer]).gaussian(), f"reference: {len(table)} images"
+        return table.gaussian(layer), f"reference: {len(table)} images"
 
     def _frechet(self, key: str, name: str, layer: str, error_bars: str) -> None:
         reference, note = self._reference_gaussian(layer)
@@ -200,7 +200,7 @@ class Judge:
             return {}
         right = self._predictions() == asked
         return {
-            self.samples.class_name(int(label)): {
+            self.samples.class_caption(int(label)): {
                 "count": int((self.labels == label).sum()),
                 "accuracy": float(right[self.labels == label].mean()),
             }

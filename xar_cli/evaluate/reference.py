@@ -18,8 +18,9 @@ from xar_cli.config.schema import Sides
 from xar_cli.data.images import printable
 from xar_cli.errors import UserError
 from xar_cli.evaluate.frechet import Gaussian
-from xar_cli.evaluate.images import ArrayImages, ImageSet, manifest_of_npz, open_images, read_npz, require_size
+from xar_cli.evaluate.images import ArrayImages, ImageSet, manifest_of_npz, open_images, require_size
 from xar_cli.evaluate.networks import INCEPTION, FeatureNetwork
+from xar_cli.evaluate.npz import IMAGES, read_npz
 from xar_cli.hub import sha256_of
 from xar_cli.run_dir import is_file, is_there, write_atomic
 
@@ -124,7 +125,7 @@ def require_replaceable(path: Path) -> None:
             names = set(arrays.files)
     except Exception:  # another program's file: zipfile, zlib, numpy, each has errors of its own
         names = set()
-    if "xar" not in names or "arr_0" in names:
+    if "xar" not in names or IMAGES in names:
         raise UserError(
             f"'{path}' is there already, and is no statistics file of `xar fid stats`.",
             "Give another name, or remove it if you do not need it.",
@@ -152,7 +153,7 @@ def write_statistics(path: Path, layers: Mapping[str, Gaussian], origin: Mapping
 def _open_npz(path: Path, image_size: Sides | None) -> Reference:
     arrays, name = read_npz(path), printable(str(path))
     _require_real(name, manifest_of_npz(path, arrays) is not None)
-    images = ArrayImages(arrays["arr_0"], name) if "arr_0" in arrays else None
+    images = ArrayImages(arrays[IMAGES], name) if IMAGES in arrays else None
     if images is not None:
         require_size(images, image_size)
     origin = _read_origin(path, arrays["xar"]) if "xar" in arrays else {}

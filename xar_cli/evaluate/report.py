@@ -200,7 +200,7 @@ def sample_strips(samples: ImageSet, evaluation: Evaluation) -> list[Strip]:
     shown = classes[np.linspace(0, len(classes) - 1, min(len(classes), MAX_CLASSES_SHOWN)).round().astype(int)]
     return _strips(
         samples,
-        {samples.class_name(int(label)): table.rows[labels == label][:IMAGES_PER_CLASS] for label in shown},
+        {samples.class_caption(int(label)): table.rows[labels == label][:IMAGES_PER_CLASS] for label in shown},
     )
 
 

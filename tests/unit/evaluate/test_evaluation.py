@@ -17,7 +17,7 @@ from PIL import Image
 from tests.unit.evaluate.conftest import make_images, write_folder
 from xar_cli.config.schema import ProtocolName
 from xar_cli.errors import UserError
-from xar_cli.evaluate import Settings, evaluate, features, make_statistics
+from xar_cli.evaluate import Evaluator, Settings, evaluate, features, make_statistics
 from xar_cli.evaluate.images import ArrayImages, GeneratedImages
 from xar_cli.evaluate.protocols import PROTOCOLS, counted, pick_protocols
 from xar_cli.evaluate.reference import open_reference
@@ -40,6 +40,29 @@ def test_features_are_extracted_once_per_network(folders, fake_networks) -> None
     # 22 and 30 images in batches of 4, the last one filled up.
     assert fake_networks["inception"].images_seen == 24 + 32
     assert found.results["adm"].metrics["fid"].value == found.results["torch-fidelity"].metrics["fid"].value
+
+
+def test_one_evaluator_judges_many_sets_by_features_computed_once(folders, fake_networks) -> None:
+    samples = [ArrayImages(make_images(22, seed=seed), f"samples {seed}") for seed in (0, 2)]
+    alone = [evaluate(one, folders[1], "adm", settings=QUICK).as_dict() for one in samples]
+    fake_networks.clear()
+    judge = Evaluator(folders[1], "adm", settings=QUICK)
+    found = [judge.evaluate(one).as_dict() for one in samples]
+    assert fake_networks["inception"].images_seen == 24 + 32 + 24
+    for one in (*alone, *found):
+        for side in ("samples", "reference"):
+            assert one[side].pop("images_per_second") > 0
+    assert found == alone
+
+
+def test_sets_that_come_and_go_keep_their_own_hash(folders, fake_networks) -> None:
+    """Python gives the place of an object that is gone to the next one."""
+    judge = Evaluator(folders[1], "adm", settings=QUICK)
+
+    def sha256(brightness: float) -> str:
+        return judge.evaluate(ArrayImages(make_images(22, brightness=brightness), "some")).samples.sha256
+
+    assert len({sha256(brightness) for brightness in (1, 0.9, 0.8, 0.7)}) == 4
 
 
 def test_ctrl_c_never_breaks_into_the_handing_over_of_images(folders, monkeypatch) -> None:
@@ -183,6 +206,18 @@ def test_a_table_of_another_shape_in_the_cache_is_made_again(folders, fake_netwo
         np.save(path, np.load(path)[:-1])
     assert evaluate(*folders, "adm", settings=settings).first.metrics == first.first.metrics
     assert fake_networks["inception"].images_seen == 24 + 32
+
+
+def test_features_in_the_cache_that_cannot_be_read_are_kept(folders, tmp_path) -> None:
+    settings = QUICK.model_copy(update={"feature_cache": tmp_path / "cache"})
+    evaluate(*folders, "adm", settings=settings)
+    notes = sorted((tmp_path / "cache").glob("*/table.json"))
+    for note in notes:
+        note.unlink()
+        note.mkdir()
+    with pytest.raises(UserError, match=r"features in .* cannot be read: Is a directory"):
+        evaluate(*folders, "adm", settings=settings)
+    assert all(note.with_name("pool.npy").is_file() for note in notes)
 
 
 @pytest.mark.parametrize(("place", "name"), [(os, "pwrite"), (features, "write_json")])
@@ -378,7 +413,7 @@ def test_another_resolution_is_seen_behind_bad_images(folders, fake_networks, tm
         (pair[side] / f"{index:06d}.png").write_bytes(b"no")
     with pytest.raises(UserError, match=r"32 x 32 pixels and the reference .* 64 x 64"):
         evaluate(*pair, "adm", settings=QUICK.model_copy(update={"skip_bad": True}))
-    assert fake_networks["inception"].images_seen == 0
+    assert not fake_networks
 
 
 def test_a_generator_that_does_not_say_its_resolution_is_refused_afterwards(folders) -> None:
@@ -402,7 +437,7 @@ def test_a_generator_of_another_resolution_is_refused_before_it_draws(folders, f
     generated = GeneratedImages("a model", np.zeros(22, int), draw, "seed 0", manifest={"image_size": 64})
     with pytest.raises(UserError, match=r"64 x 64 pixels and the reference .* 32 x 32"):
         evaluate(generated, folders[1], "adm", settings=QUICK)
-    assert fake_networks["inception"].images_seen == 0
+    assert not fake_networks
 
 
 def test_oblong_images_against_oblong_and_cropped_ones(tmp_path, fake_networks) -> None:

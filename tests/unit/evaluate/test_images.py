@@ -17,7 +17,8 @@ from tests.unit.evaluate.conftest import make_images, write_folder
 from xar_cli.data import images as data_images
 from xar_cli.data.images import BadImageError, ImageFolder
 from xar_cli.errors import UserError
-from xar_cli.evaluate.images import ArrayImages, GeneratedImages, decode_opaque, open_images, read_npz
+from xar_cli.evaluate.images import ArrayImages, GeneratedImages, decode_opaque, open_images
+from xar_cli.evaluate.npz import StoredRows, read_npz
 from xar_cli.evaluate.reference import open_reference
 
 IMAGES = make_images(5, size=16)
@@ -346,6 +347,40 @@ def test_an_hdf5_group_in_place_of_an_array_is_refused(tmp_path, name) -> None:
             file["images"] = IMAGES
     with pytest.raises(UserError, match="no dataset"):
         open_images(tmp_path / "file.h5")
+
+
+@pytest.mark.parametrize("order", ["C", "F"])
+@pytest.mark.parametrize("save", [np.savez, np.savez_compressed])
+def test_images_of_an_npz_stay_on_the_disk_unless_they_are_compressed(tmp_path, save, order) -> None:
+    images, labels = make_images(7), np.arange(7)
+    save(tmp_path / "batch.npz", np.asarray(images, order=order), labels)
+    found = open_images(tmp_path / "batch.npz")
+    assert isinstance(found.images, StoredRows) == (save is np.savez and order == "C")
+    np.testing.assert_array_equal(np.stack(found.load_many(range(7))), images)
+    np.testing.assert_array_equal(found.labels, labels)
+    assert found.content_hash() == ArrayImages(images, "x").content_hash()
+
+
+def test_damaged_pixels_of_an_npz_are_refused_when_it_is_opened(tmp_path) -> None:
+    path = tmp_path / "batch.npz"
+    np.savez(path, make_images(7))
+    data = bytearray(path.read_bytes())
+    data[5000] ^= 1
+    path.write_bytes(data)
+    with pytest.raises(UserError, match=r"cannot be read as an \.npz file"):
+        open_images(path)
+
+
+def test_an_npz_that_is_cut_off_while_it_is_read_is_no_bad_image(tmp_path) -> None:
+    path = tmp_path / "batch.npz"
+    np.savez(path, make_images(7))
+    found = open_images(path)
+    os.truncate(path, 5000)
+    assert found.load(0).shape == (32, 32, 3)
+    for read in (lambda: found.load(6), found.content_hash):
+        with pytest.raises(UserError, match="has become shorter") as caught:
+            read()
+        assert not isinstance(caught.value, BadImageError)
 
 
 def test_npz_with_python_objects_is_refused(tmp_path) -> None:

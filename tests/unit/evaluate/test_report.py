@@ -29,6 +29,7 @@ from xar_cli.evaluate.report import (
     metric_rows,
     published_figures,
     report_content,
+    sample_strips,
     show_number,
     write_report,
 )
@@ -231,6 +232,16 @@ def test_names_with_bars_and_line_breaks_do_not_break_the_tables(digit_folders) 
     text = markdown(content)
     assert "| a\\|b c | 3 | 0.500 |" in text
     assert "| weights | runs/a\\|b |" in text
+
+
+def test_classes_of_one_name_stay_apart() -> None:
+    digits = split_digits()[1]
+    samples = ArrayImages(digits.images[digits.labels < 2], "digits", np.arange(2)[digits.labels[digits.labels < 2]])
+    samples.class_names = ("1", "1")
+    found = evaluate(samples, ArrayImages(digits.images, "all"), settings=Settings(error_bars="none"))
+    counts = {name: row["count"] for name, row in found.first.per_class.items()}
+    assert counts == {f"1 ({label})": int((digits.labels == label).sum()) for label in (0, 1)}
+    assert [strip.caption for strip in sample_strips(samples, found)] == ["1 (0)", "1 (1)"]
 
 
 def test_names_that_are_no_utf_8_stand_in_the_report(digit_folders, tmp_path) -> None:
