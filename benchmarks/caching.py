@@ -1,13 +1,13 @@
-"""Caching latents: is the stage bound by the tokenizer alone, and what do bf16 and channels_last give the
-encoder?
+"""Caching latents: is the stage bound by the tokenizer alone, and what do bf16 and channels_last give the encoder?
 
-    python benchmarks/caching.py                      # KL-16 at 256 x 256 on this machine's device
-    python benchmarks/caching.py --images 48 --size 256 --pairs 5
+    python -m benchmarks.caching                      # KL-16 at 256 x 256 on this machine's device
+    python -m benchmarks.caching --images 48 --size 256 --pairs 5
 
 Images are JPEGs of photographs' size (500 x 375) with seeded noise over seeded gradients; KL-16 has seeded
 weights, so its numbers mean nothing and its time is the real one. The pure encoder runs on images that lie
 decoded in memory, in the same batches, both mirror images. In turns A B B A; median ratio of the pairs,
-smallest and largest beside it. Moments in bf16 are compared with those in float32 in the same run.
+smallest and largest beside it. Moments in bf16, and those of the plain order of memory, are compared with those in
+float32 before anything is timed.
 """
 
 from __future__ import annotations
@@ -16,12 +16,9 @@ import argparse
 import json
 import math
 import os
-import platform
-import subprocess
 import tempfile
 import threading
 import time
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -29,6 +26,9 @@ import torch
 from PIL import Image
 from safetensors.torch import save_file
 
+from benchmarks import timing
+from benchmarks.decoder import ENCODER_TOLERANCE
+from benchmarks.timing import in_turns
 from xar_cli.cache import CacheSettings, cache_latents
 from xar_cli.cache.jobs import EncodeImages
 from xar_cli.cache.pipeline import BadList, encode_blocks
@@ -37,8 +37,9 @@ from xar_cli.config import Config, load_recipe
 from xar_cli.data.cache_file import create_cache
 from xar_cli.data.images import ImageFolder
 from xar_cli.data.latents import LatentWriter
-from xar_cli.distributed import pick_device
+from xar_cli.errors import UserError
 from xar_cli.logs import progress
+from xar_cli.precision import float32_arithmetic
 from xar_cli.tokenizer import Codec, Tokenizer, load_tokenizer
 from xar_cli.tokenizer.kl16 import build_on_meta
 
@@ -72,38 +73,10 @@ def write_weights(path: Path) -> None:
     save_file(state, path)
 
 
-def in_turns(first: Callable[[], float], second: Callable[[], float], pairs: int) -> dict[str, float]:
-    """Ratios first / second of images per second, in turns A B B A: by the clock, and by processor time of all
-    threads.
-
-    The second is free of what else the machine does; where the processor is the encoder's device, both tend to
-    the same.
-    """
-    ratios, cpu_ratios, rates = [], [], ([], [])
-    for turn in range(pairs):
-        order = (first, second) if turn % 2 == 0 else (second, first)
-        got = []
-        for run in order:
-            before = time.process_time()
-            rate = run()
-            got.append((rate, time.process_time() - before))
-        (a, a_cpu), (b, b_cpu) = got if turn % 2 == 0 else got[::-1]
-        ratios.append(a / b)
-        cpu_ratios.append(b_cpu / a_cpu)
-        rates[0].append(a)
-        rates[1].append(b)
-    return {
-        "ratio": float(np.median(ratios)), "min": min(ratios), "max": max(ratios),
-        "cpu_ratio": float(np.median(cpu_ratios)), "cpu_min": min(cpu_ratios), "cpu_max": max(cpu_ratios),
-        "images_per_s": float(np.median(rates[0])), "against_images_per_s": float(np.median(rates[1])),
-    }  # fmt: skip
-
-
 def measure(
-    folder: Path, recipe: Config, count: int, batch: int, pairs: int, device_name: str, memory_images: int
+    folder: Path, recipe: Config, count: int, batch: int, pairs: int, device: torch.device, memory_images: int
 ) -> dict[str, object]:
     """All figures."""
-    device = pick_device(device_name)
     weights, root = folder / "kl16.safetensors", folder / "images"
     write_weights(weights)
     write_images(root, count)
@@ -126,7 +99,7 @@ def measure(
         config=recipe,
         tokenizer_weights=weights,
         batch_size=batch,
-        device=device_name,
+        device=str(device),
     )
     plan = plan_cache(settings)
 
@@ -140,19 +113,18 @@ def measure(
             encode_blocks(job, blocks, writer, BadList(folder / "bad", 0), display, os.cpu_count() or 1)
         return count / (time.perf_counter() - start)
 
-    pure(job, items[:1])
-    results: dict[str, object] = {
-        "noise floor: encoder against encoder": in_turns(lambda: pure(job), lambda: pure(job), 2),
-        "stage against pure encoder, fp32": in_turns(stage, lambda: pure(job), pairs),
-    }
-    half = _job(recipe, weights, root, device, "bf16")
-    one = items[:1]
-    pure(half, one)
-    results["encoder bf16 against fp32"] = in_turns(lambda: pure(half, one), lambda: pure(job, one), pairs)
-    results["encoder fp32, channels_last against contiguous"] = in_turns(
-        lambda: pure(job, one), lambda: _contiguous(job.codec.tokenizer, one), pairs
-    )
+    half, one = _job(recipe, weights, root, device, "bf16"), items[:1]
     exact, rounded = job.encode(items[0])[0].float().cpu(), half.encode(items[0])[0].float().cpu()
+    for name, found in (("fp32", _contiguous(job.codec.tokenizer, one)[1]), ("bf16", rounded)):
+        timing.require_agreement(f"{name}: the moments", timing.distance(found, exact), ENCODER_TOLERANCE[name])
+    results: dict[str, object] = {
+        "noise floor: encoder against encoder": in_turns(lambda: pure(job), lambda: pure(job), pairs, True),
+        "stage against pure encoder, fp32": in_turns(stage, lambda: pure(job), pairs, True),
+        "encoder bf16 against fp32": in_turns(lambda: pure(half, one), lambda: pure(job, one), pairs, True),
+        "encoder fp32, channels_last against contiguous": in_turns(
+            lambda: pure(job, one), lambda: _contiguous(job.codec.tokenizer, one)[0], pairs, True
+        ),
+    }
     results["moments in bf16 against fp32"] = error_of(rounded, exact)
     results["moments stored in float16"] = error_of(exact.half().float(), exact)
     results["moments stored in bfloat16"] = error_of(exact.bfloat16().float(), exact)
@@ -213,47 +185,44 @@ def _job(recipe: Config, weights: Path, root: Path, device: torch.device, precis
     return EncodeImages(ImageFolder(root), codec, recipe.data.image_size, True, device)
 
 
-def _contiguous(tokenizer: Tokenizer, blocks: list[np.ndarray]) -> float:
-    """Images per second of the same network with the plain order of memory."""
+@float32_arithmetic("fp32")
+def _contiguous(tokenizer: Tokenizer, blocks: list[np.ndarray]) -> tuple[float, torch.Tensor]:
+    """Images per second of the same network with the plain order of memory, and the moments of the first block."""
     network = tokenizer.network.to(memory_format=torch.contiguous_format)  # type: ignore[attr-defined]
+    first: list[torch.Tensor] = []
     start = time.perf_counter()
     with torch.inference_mode():
         for block in blocks:
             images = torch.from_numpy(block).to(tokenizer.device).float() / 127.5 - 1  # type: ignore[attr-defined]
             for view in (images, images.flip(-1)):
                 moments = network.encode(view.contiguous())
+                first = first or [moments]
         moments.cpu()
     rate = sum(map(len, blocks)) / (time.perf_counter() - start)
     network.to(memory_format=torch.channels_last)
-    return rate
+    return rate, first[0].cpu()
 
 
+@timing.command
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--images", type=int, default=24, help="in one turn")
-    parser.add_argument("--size", type=int, default=256)
-    parser.add_argument("--batch", type=int, default=4)
-    parser.add_argument("--pairs", type=int, default=5)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--images", type=timing.positive, default=24, help="in one turn")
+    parser.add_argument("--size", type=timing.positive, default=256, help="a multiple of 128")
+    parser.add_argument("--batch", type=timing.positive, default=4)
+    parser.add_argument("--pairs", type=timing.positive, default=5)
     parser.add_argument("--memory-images", type=int, default=4000, help="in the run that memory is watched over")
-    parser.add_argument("--device", default="auto")
-    arguments = parser.parse_args()
-    recipe = load_recipe("base", ["data.num_classes=2", f"data.image_size={arguments.size}"])
+    timing.add_clock_options(parser, device="auto")
+    options = parser.parse_args()
+    device = timing.use_clock(options)
+    if options.images < 2 or options.memory_images == 1:
+        raise UserError("One image does not make the two classes of this benchmark.", "Give two at least.")
+    recipe = timing.recipe_with("base", [f"data.image_size={options.size}"], ["data.num_classes=2"])
     with tempfile.TemporaryDirectory() as folder:
         results = measure(
-            Path(folder),
-            recipe,
-            arguments.images,
-            arguments.batch,
-            arguments.pairs,
-            arguments.device,
-            arguments.memory_images,
+            Path(folder), recipe, options.images, options.batch, options.pairs, device, options.memory_images
         )
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout.strip()
-    about = {
-        **vars(arguments), "machine": f"{platform.machine()}, {os.cpu_count()} cores",
-        "commit": commit, "date": time.strftime("%Y-%m-%d"), "torch": torch.__version__,
-    }  # fmt: skip
-    print(json.dumps({**about, "results": results}, indent=2))
+    chosen = {"images": options.images, "size": options.size, "batch": options.batch, "rates": "images/s"}
+    print(json.dumps({**timing.machine(options, device), **chosen, "results": results}, indent=2))
 
 
 if __name__ == "__main__":

@@ -2,7 +2,7 @@
 
     python -m benchmarks.entities --out entities                           # many hours on two cores; can be interrupted
     python -m benchmarks.entities --out entities --device cuda --tables 4  # one table, compiled and in bf16
-    python -m benchmarks.entities --out entities --device cuda --tables 4 --report  # only write what is there
+    python -m benchmarks.entities --out entities --device cuda --tables 4 --report  # write it into docs/entities.md
 
 Every row is trained with the quickstart's network at equal compute: the floating-point operations of training are
 counted from shapes, and a row whose image costs more takes fewer steps. Entities (Table 3) and contexts (Table 5) are
@@ -12,12 +12,14 @@ on the paper's 16 x 16 grid, so that its five sizes make its K = 256, 64, 16, 4 
 judged. Rows that are the same network are trained once. Each run is judged at several guidance scales by the `digits`
 protocol. Seeds are made one after the other, so that a study that is interrupted has whole ones.
 
-A table is made of results with one setting of `--epochs`, `--precision` and `--count`, those of the command, judged at
-every scale of `--guidance`: `--report` needs them too. Device and compiler may differ; the line under a table says it.
+A table is made of results with one setting of `--epochs`, `--precision` and `--count`, those of the command, in as many
+steps as it would take, judged at every scale of `--guidance`: `--report` needs them too. Device and compiler may
+differ; the line under a table says it.
 
-Every table goes between two marks of its own in docs/entities.md, with what made it and a picture; what is written
-around them, and tables that were not asked for or have no results, are left alone. Of `--out` a table needs `results/`
-alone, and its picture `samples/`: without the samples of one of its rows, the picture stays as it is.
+With `--report` alone tables are written: each between two marks of its own in docs/entities.md, with what made it and
+a picture. What is written around them, and tables that were not asked for or have no results, are left alone. Of
+`--out` a table needs `results/` alone, and its picture `samples/`: without the samples of one of its rows, the picture
+stays as it is.
 """
 
 from __future__ import annotations
@@ -37,7 +39,8 @@ import numpy as np
 import torch
 from PIL import Image
 
-from benchmarks.solvers import draw, judge
+from benchmarks.solvers import draw, judge, spread
+from benchmarks.timing import command, positive
 from xar_cli.cache.stage import cache_latents
 from xar_cli.config import Config, load_recipe
 from xar_cli.config.recipes import override
@@ -50,6 +53,7 @@ from xar_cli.sample.manifest import MANIFEST
 from xar_cli.sample.plan import SamplingPlan, flops_per_image
 from xar_cli.train.cost import training_flops
 from xar_cli.train.loop import TrainSettings, train
+from xar_cli.train.plan import make_plan
 
 REPORT = Path(__file__).resolve().parent.parent / "docs" / "entities.md"
 PICTURE = "images/entities-table-{}.png"  # beside the report
@@ -185,6 +189,12 @@ def recipe_of(study: Study, seed: int = 0, setup: Setup = DEFAULTS) -> Config:
 
     share = flops_of_training(build(yardstick, 1)) / flops_of_training(build(study, 1))
     return build(study, round(setup.epochs[grid] * share, 3))
+
+
+def steps_of(study: Study, setup: Setup = DEFAULTS) -> int:
+    """Optimizer steps of a study."""
+    config = recipe_of(study, setup=setup)
+    return make_plan(config, 1, config.data.num_images).total_steps
 
 
 def flops_of_training(config: Config) -> float:
@@ -376,9 +386,13 @@ def result_files(out: Path, study: Study) -> dict[int, Path]:
 
 
 def results_of(out: Path, study: Study, setup: Setup = DEFAULTS) -> dict[int, dict[str, Any]]:
-    """The results of a study that were made as asked and are complete for the guidance scales, by seed."""
+    """The results of a study, by seed, that are complete for the guidance scales and were made as asked, in as many
+    steps as the recipe takes now.
+    """
     results = {seed: read_result(path, setup.asked(study)) for seed, path in result_files(out, study).items()}
-    return {seed: result for seed, result in results.items() if is_complete(result, setup.guidance)}
+    whole = {seed: result for seed, result in results.items() if is_complete(result, setup.guidance)}
+    steps = steps_of(study, setup) if whole else 0
+    return {seed: result for seed, result in whole.items() if result["steps"] == steps}
 
 
 def left_out(out: Path, number: int, setup: Setup = DEFAULTS) -> list[Path]:
@@ -405,14 +419,6 @@ def found_of(out: Path, study: Study, setup: Setup = DEFAULTS) -> Found | None:
     return Found(best, at(best, 0), at(best, 1), at(1.0, 0), results)
 
 
-def spread(values: list[float], digits: int = 2) -> str:
-    """Mean and half the range; of one seed, its number alone; of none, a dash."""
-    if not values:
-        return "–"
-    mean = f"{statistics.mean(values):.{digits}f}"
-    return mean if len(values) == 1 else f"{mean} ± {(max(values) - min(values)) / 2:.{digits}f}"
-
-
 def table(out: Path, number: int, setup: Setup = DEFAULTS) -> str:
     """One table in Markdown; empty without a result."""
     lines = []
@@ -422,7 +428,7 @@ def table(out: Path, number: int, setup: Setup = DEFAULTS) -> str:
             continue
         config = override(recipe_of(row.study), [f"sample.guidance_scale={found.scale}"])
         plan, published = SamplingPlan.of(config), load_recipe(f"ablations/{row.recipe}").published
-        steps = next(iter(found.results.values()))["steps"]
+        steps = steps_of(row.study, setup)
         assert published is not None
         lines.append(
             f"| {row.label} | {row.label.split(',')[0]} | {len(plan.num_steps)} "
@@ -524,15 +530,16 @@ def write_report(out: Path, numbers: Iterable[int] = tuple(TABLES), setup: Setup
     REPORT.write_text(text, encoding="utf-8")
 
 
+@command
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("entities"))
     parser.add_argument(
         "--tables", type=int, nargs="+", choices=tuple(TABLES), default=list(TABLES),
-        help="which are made and reported (default: all)",
+        help="which are made, or written (default: all)",
     )  # fmt: skip
-    parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--count", type=int, default=1000, help="images drawn at each guidance scale")
+    parser.add_argument("--seeds", type=positive, default=3)
+    parser.add_argument("--count", type=positive, default=1000, help="images drawn at each guidance scale")
     parser.add_argument(
         "--guidance", type=float, nargs="+", default=list(GUIDANCE), metavar="SCALE",
         help="scales that every network is judged at; the best one counts (default: 1 1.5 2 3)",
@@ -548,8 +555,8 @@ def main() -> None:
     parser.add_argument(
         "--compile", action=argparse.BooleanOptionalAction, help="compile training (default: on cuda only)"
     )
-    parser.add_argument("--jobs", type=int, help="networks at a time, one CPU thread each (default: 2; cuda: 6)")
-    parser.add_argument("--report", action="store_true", help="only write the report")
+    parser.add_argument("--jobs", type=positive, help="networks at a time, one CPU thread each (default: 2; cuda: 6)")
+    parser.add_argument("--report", action="store_true", help="write the tables; nothing is trained")
     options = parser.parse_args()
     setup_logs()
     device = options.device
@@ -561,9 +568,10 @@ def main() -> None:
         compiled=device == "cuda" if options.compile is None else options.compile,
         guidance=tuple(options.guidance),
     )
-    if not options.report:
+    if options.report:
+        write_report(options.out, options.tables, setup)
+    else:
         run_all(options.out, studies_of(options.tables), options.seeds, setup, options.jobs or JOBS[device])
-    write_report(options.out, options.tables, setup)
 
 
 if __name__ == "__main__":

@@ -1,22 +1,16 @@
-"""What evaluation costs against the libraries: feature extraction against torch-fidelity's, the Frechet term
-against sqrtm.
+"""What evaluation costs against the libraries: features against torch-fidelity's, the Frechet term against sqrtm.
 
-    python benchmarks/evaluation.py [--pairs 5] [--batch 16] [--skip-compile]
+    python -m benchmarks.evaluation --batch 16        # on a CPU
 
 Random Inception weights (the time does not depend on them). Each comparison runs in pairs, A B B A, after a
 warm-up, and A against A first as the noise floor; printed are the median ratio, the smallest and the largest. A
-ratio is only printed after equal numbers were found in the same run.
+ratio is only printed after equal numbers were found in the same run; those of bf16 are near, and how near is printed.
 """
 
 from __future__ import annotations
 
 import argparse
-import platform
-import statistics
-import subprocess
 import tempfile
-import time
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -24,36 +18,22 @@ import torch
 from scipy.linalg import sqrtm
 from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
 
+from benchmarks import timing
+from benchmarks.timing import CPU, pairs, positive, require_agreement, spread, spread_text
+from xar_cli.errors import UserError
 from xar_cli.evaluate.frechet import Gaussian, Moments, frechet_distance, trace_of_root
 from xar_cli.evaluate.inception import InceptionV3
 from xar_cli.evaluate.networks import TorchFidelityInception
 from xar_cli.evaluate.weights import Weights
 
-CPU = torch.device("cpu")
 DIMENSIONS, ROWS = 2048, 6000
+TOLERANCE = {"fp32": 1e-4, "bf16": 5e-2}  # largest difference of a feature, of the largest feature
+ROOT_TOLERANCE = 1e-10  # relative difference of the trace of the root
 
 
-def seconds(work: Callable[[], object]) -> float:
-    start = time.perf_counter()
-    work()
-    return time.perf_counter() - start
-
-
-def ratios(slow: Callable[[], object], fast: Callable[[], object], pairs: int) -> list[float]:
-    """Time of `slow` over time of `fast`, in the order A B B A."""
-    found = []
-    for pair in range(pairs):
-        if pair % 2 == 0:
-            first = seconds(slow)
-            found.append(first / seconds(fast))
-        else:
-            second = seconds(fast)
-            found.append(seconds(slow) / second)
-    return found
-
-
-def show(name: str, found: list[float]) -> None:
-    print(f"{name}: {statistics.median(found):.2f}x (from {min(found):.2f} to {max(found):.2f}, {len(found)} pairs)")
+def show(name: str, ratios: list[float]) -> None:
+    """Print some ratios."""
+    print(f"{name}: {spread_text(spread(ratios))}, {len(ratios)} pairs")
 
 
 def random_weights(folder: Path) -> Path:
@@ -68,7 +48,7 @@ def random_weights(folder: Path) -> Path:
     return folder / "random.pth"
 
 
-def extraction(pairs: int, batch: int, compiled: bool) -> None:
+def extraction(count: int, batch: int, compiled: bool) -> None:
     images = np.random.default_rng(0).integers(0, 256, (batch, 256, 256, 3), dtype=np.uint8)
     with tempfile.TemporaryDirectory() as name:
         weights = random_weights(Path(name))
@@ -81,18 +61,16 @@ def extraction(pairs: int, batch: int, compiled: bool) -> None:
         with torch.no_grad():
             return theirs(uint8)[0].numpy()
 
-    start = time.perf_counter()
-    found, expected = ours.features(images)["pool"], library()
-    print(f"first pass with {'compile' if compiled else 'no compile'}: {time.perf_counter() - start:.0f} s")
-    error = np.abs(found - expected).max() / np.abs(expected).max()
-    print(f"features differ by {error:.1e} of their largest (allowed: 1e-4)")
-    assert error < 1e-4
-    show("noise floor, torch-fidelity against itself", ratios(library, library, pairs))
-    show("feature extraction, float32, against torch-fidelity", ratios(library, lambda: ours.features(images), pairs))
-    half = bf16.features(images)["pool"]
-    error = np.abs(half - expected).max() / np.abs(expected).max()
-    show("feature extraction, bf16, against torch-fidelity", ratios(library, lambda: bf16.features(images), pairs))
-    print(f"bf16 features differ by {error:.1e} of their largest; {bf16_fid(half, expected)}")
+    features = {"fp32": ours.features(images)["pool"], "bf16": bf16.features(images)["pool"]}
+    expected = library()
+    for name, found in features.items():
+        difference = float(np.abs(found - expected).max() / np.abs(expected).max())
+        require_agreement(f"{name}: the features", difference, TOLERANCE[name])
+        print(f"{name}: features differ by {difference:.1e} of their largest")
+    print(bf16_fid(features["bf16"], expected))
+    show("noise floor, torch-fidelity against itself", pairs(library, library, count))
+    show("feature extraction, float32, against torch-fidelity", pairs(library, lambda: ours.features(images), count))
+    show("feature extraction, bf16, against torch-fidelity", pairs(library, lambda: bf16.features(images), count))
 
 
 def bf16_fid(half: np.ndarray, full: np.ndarray) -> str:
@@ -105,7 +83,7 @@ def bf16_fid(half: np.ndarray, full: np.ndarray) -> str:
     return f"Frechet distance of the same images in bf16 and float32: {moved:.2g} (two halves of them: {apart:.2g})"
 
 
-def frechet(pairs: int) -> None:
+def frechet(count: int) -> None:
     rng = np.random.default_rng(0)
     mixing = rng.normal(size=(DIMENSIONS, DIMENSIONS)) / np.sqrt(DIMENSIONS)
     scale = np.exp(0.5 * rng.normal(size=DIMENSIONS))
@@ -121,24 +99,29 @@ def frechet(pairs: int) -> None:
     def theirs() -> float:
         return float(np.trace(sqrtm(sigmas[0] @ sigmas[1])).real)
 
-    error = abs(ours() / theirs() - 1)
-    print(f"trace of the root differs by {error:.1e} (allowed: 1e-10)")
-    assert error < 1e-10
-    show(f"Frechet term at {DIMENSIONS} dimensions, against scipy.linalg.sqrtm", ratios(theirs, ours, pairs))
+    difference = abs(ours() / theirs() - 1)
+    require_agreement("The traces of the root", difference, ROOT_TOLERANCE)
+    print(f"trace of the root differs by {difference:.1e}")
+    show("noise floor, scipy.linalg.sqrtm against itself", pairs(theirs, theirs, count))
+    show(f"Frechet term at {DIMENSIONS} dimensions, against scipy.linalg.sqrtm", pairs(theirs, ours, count))
 
 
+@timing.command
 def main() -> None:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("--pairs", type=int, default=5)
-    parser.add_argument("--batch", type=int, default=16)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--pairs", type=positive, default=5)
+    parser.add_argument("--batch", type=positive, default=16, help="4 at least")
     parser.add_argument("--skip-compile", action="store_true")
-    arguments = parser.parse_args()
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False)
-    print(
-        f"{platform.machine()}, {torch.get_num_threads()} threads, torch {torch.__version__}, {commit.stdout.strip()}"
-    )
-    frechet(arguments.pairs)
-    extraction(arguments.pairs, arguments.batch, not arguments.skip_compile)
+    timing.add_clock_options(parser)
+    options = parser.parse_args()
+    device = timing.use_clock(options)
+    if device != CPU:
+        raise UserError("The libraries are compared with on a CPU.", "Leave --device away.")
+    if options.batch < 4:
+        raise UserError(f"--batch {options.batch} makes no distance of two halves.", "Give 4 or more.")
+    print(", ".join(str(fact) for fact in timing.machine(options, device).values()))
+    frechet(options.pairs)
+    extraction(options.pairs, options.batch, not options.skip_compile)
 
 
 if __name__ == "__main__":

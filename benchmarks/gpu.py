@@ -63,11 +63,11 @@ def _measurement(name: str, limit: int, line: str) -> Measurement:
 
 
 MEASUREMENTS = (
-    _measurement("sampling-base", 180, "sampling --batch 128 --steps 8 --decoder --pairs 3"),
-    _measurement("training-base", 150, "training --batch 64 --pairs 3"),
+    _measurement("sampling-base", 180, "sampling --batch 128 --steps 8 --decoder --pairs 5"),
+    _measurement("training-base", 150, "training --batch 64 --pairs 5"),
     _measurement("sampling-base-published", 180, "sampling --batch 128 --steps 40 --decoder --no-plain --repeats 3"),
     _measurement("latency-base", 180, "sampling --batch 1 --steps 40 --decoder --no-plain --repeats 7"),
-    _measurement("decoder", 300, "decoder --encoder --batch 64 --pairs 3"),
+    _measurement("decoder", 300, "decoder --encoder --batch 64 --pairs 5"),
     _measurement(
         "sampling-large", 180, "sampling --recipe large --batch 128 --steps 10 --decoder --no-plain --repeats 3"
     ),

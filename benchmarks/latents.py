@@ -14,8 +14,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import platform
-import subprocess
 import tempfile
 import time
 from collections.abc import Callable
@@ -26,10 +24,12 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset
 
+from benchmarks import timing
 from xar_cli.data.cache_file import CacheLayout, create_cache
 from xar_cli.data.latents import LatentReader, LatentWriter
 from xar_cli.data.loader import LatentLoader
 from xar_cli.data.sharding import SampleStream
+from xar_cli.errors import UserError
 
 NUM_CLASSES = 1000
 ROW = (32, 16, 16)  # 2C, H, W of a 256 x 256 image in KL-16
@@ -54,9 +54,10 @@ def write_both(folder: Path, count: int) -> tuple[Path, Path]:
         precision="fp32", latent_scale=0.2325, image_size=256, image_channels=3, crop="adm-centre", source="",
     )  # fmt: skip
     cache, mar = folder / "latents.h5", folder / "mar"
-    labels = np.arange(count) * NUM_CLASSES // count
+    num_classes = min(NUM_CLASSES, count)
+    labels = np.arange(count) * num_classes // count
     names = [f"class-{label:04d}/{i:08d}.npz" for i, label in enumerate(labels.tolist())]
-    classes = [f"class-{label:04d}".encode() for label in range(NUM_CLASSES)]
+    classes = [f"class-{label:04d}".encode() for label in range(num_classes)]
     create_cache(cache, layout, [name.encode() for name in names], labels, classes)
     rng = np.random.default_rng(0)
     with LatentWriter(cache) as writer:
@@ -90,23 +91,6 @@ class MarFolder(Dataset):
         return torch.from_numpy(moments), self.labels[index]
 
 
-def in_turns(first: Callable[[], float], second: Callable[[], float], pairs: int = PAIRS) -> dict[str, float]:
-    """Ratios first / second of samples per second, in turns A B B A; rates in samples/s."""
-    first(), second()
-    ratios, rates = [], ([], [])
-    for turn in range(pairs):
-        order = (first, second) if turn % 2 == 0 else (second, first)
-        got = [run() for run in order]
-        a, b = got if turn % 2 == 0 else got[::-1]
-        ratios.append(a / b)
-        rates[0].append(a)
-        rates[1].append(b)
-    return {
-        "ratio": float(np.median(ratios)), "min": min(ratios), "max": max(ratios),
-        "samples_per_s": float(np.median(rates[0])), "against_samples_per_s": float(np.median(rates[1])),
-    }  # fmt: skip
-
-
 def resident_bytes() -> int:
     """Memory of this process that is its own (mapped and shared pages left out)."""
     pages = Path("/proc/self/statm").read_text().split()
@@ -128,8 +112,8 @@ def measure(folder: Path, count: int) -> dict[str, object]:
     for i in rng.integers(0, count, 200):
         theirs, label = mar[int(i)]
         ours, labels = reader.read(np.array([i]), flips[[i]])
-        assert labels[0] == label
-        assert np.array_equal(ours[0], theirs.numpy().astype(np.float16))
+        if labels[0] != label or not np.array_equal(ours[0], theirs.numpy().astype(np.float16)):
+            raise SystemExit(f"Sample {i} is not the same in both: no speed is printed.")
 
     chunk = min(CHUNK, count)
 
@@ -178,6 +162,11 @@ def measure(folder: Path, count: int) -> dict[str, object]:
     for path in mar.paths:  # warm: both in the page cache
         Path(path).read_bytes()
     ours_batch(np.arange(count))
+
+    def in_turns(first: Callable[[], float], second: Callable[[], float]) -> dict[str, float]:
+        first(), second()
+        return timing.in_turns(first, second, PAIRS)
+
     results: dict[str, object] = {
         "noise floor: npz against npz": in_turns(lambda: timed(theirs_one), lambda: timed(theirs_one)),
         "sample by sample": in_turns(lambda: timed(ours_one), lambda: timed(theirs_one)),
@@ -202,18 +191,22 @@ def measure(folder: Path, count: int) -> dict[str, object]:
     return results
 
 
+@timing.command
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--samples", type=int, default=20_000)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--samples", type=timing.positive, default=20_000)
     parser.add_argument("--folder", type=Path, help="where the temporary files go")
-    arguments = parser.parse_args()
-    torch.set_num_threads(1)
-    with tempfile.TemporaryDirectory(dir=arguments.folder) as folder:
-        results = measure(Path(folder), arguments.samples)
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout.strip()
-    about = {"samples": arguments.samples, "machine": f"{platform.machine()}, {os.cpu_count()} cores", "commit": commit,
-             "date": time.strftime("%Y-%m-%d"), "torch": torch.__version__}  # fmt: skip
-    print(json.dumps({**about, "results": results}, indent=2))
+    options = parser.parse_args()
+    if options.samples < BATCH:
+        raise UserError(f"--samples {options.samples} is less than a batch of {BATCH}.", "Give more.")
+    if options.folder is not None and not options.folder.is_dir():
+        raise UserError(f"There is no folder '{options.folder}'.", "Make it, or leave --folder away.")
+    options.threads, options.clock = 1, "wall"
+    torch.set_num_threads(options.threads)
+    with tempfile.TemporaryDirectory(dir=options.folder) as folder:
+        results = measure(Path(folder), options.samples)
+    about = timing.machine(options, timing.CPU)
+    print(json.dumps({**about, "samples": options.samples, "rates": "samples/s", "results": results}, indent=2))
 
 
 if __name__ == "__main__":

@@ -32,12 +32,13 @@ import torch
 from torch import Tensor
 
 from benchmarks import timing
-from benchmarks.timing import say, synchronise
+from benchmarks.timing import positive, say, synchronise
 from xar_cli.checkpoint import CheckpointWriter, TensorGroups
-from xar_cli.config import Config, load_recipe
+from xar_cli.config import Config
 from xar_cli.data.cache_file import CacheLayout, create_cache
 from xar_cli.data.latents import LatentReader, LatentWriter
 from xar_cli.distributed import Ranks
+from xar_cli.errors import UserError
 from xar_cli.run_dir import RunDir, format_bytes
 from xar_cli.train import loop
 from xar_cli.train.plan import TrainPlan, make_plan
@@ -54,7 +55,7 @@ IN_MEMORY = Path("/dev/shm")
 
 
 @dataclass
-class Clock:
+class Watch:
     """What is measured in one stretch of steps."""
 
     steps: list[float] = field(default_factory=list)  # when each step ended
@@ -70,7 +71,7 @@ class Clock:
         return self.steps[-1] - self.steps[0]
 
 
-clock = Clock()
+watch = Watch()
 
 
 class TimedWriter(CheckpointWriter):
@@ -84,13 +85,13 @@ class TimedWriter(CheckpointWriter):
             return
         began = time.perf_counter()
         super().save(step, groups, state)
-        clock.blocked.append(time.perf_counter() - began)
+        watch.blocked.append(time.perf_counter() - began)
 
     def _write(self, *arguments: Any) -> None:
         began, busy = time.perf_counter(), time.thread_time()
         super()._write(*arguments)
-        clock.written.append((began, time.perf_counter()))
-        clock.writing = time.thread_time() - busy
+        watch.written.append((began, time.perf_counter()))
+        watch.writing = time.thread_time() - busy
 
 
 class TimedReader(LatentReader):
@@ -102,7 +103,7 @@ class TimedReader(LatentReader):
         try:
             return super().read(*arguments)
         finally:
-            clock.reading += time.thread_time() - began
+            watch.reading += time.thread_time() - began
 
 
 def timed_batches(*arguments: Any) -> Generator[tuple[Tensor, Tensor], None, None]:
@@ -111,7 +112,7 @@ def timed_batches(*arguments: Any) -> Generator[tuple[Tensor, Tensor], None, Non
         while True:
             began = time.perf_counter()
             batch = next(batches)
-            clock.waits.append(time.perf_counter() - began)
+            watch.waits.append(time.perf_counter() - began)
             yield batch
     finally:
         batches.close()
@@ -119,9 +120,9 @@ def timed_batches(*arguments: Any) -> Generator[tuple[Tensor, Tensor], None, Non
 
 def timed_step(*arguments: Any) -> None:
     _take_step(*arguments)
-    if not clock.steps or arguments[0].step == TimedWriter.last_step:
+    if not watch.steps or arguments[0].step == TimedWriter.last_step:
         synchronise()
-    clock.steps.append(time.perf_counter())
+    watch.steps.append(time.perf_counter())
 
 
 _batches_from, _take_step = loop.batches_from, loop.take_step
@@ -154,19 +155,19 @@ def stretch(
     steps: int,
     save_after: int,
     must_be_written: bool = True,
-) -> Clock:
+) -> Watch:
     """The real loop for some steps; a checkpoint after `save_after` of them, none where that is 0."""
-    global clock
-    clock = Clock()
+    global watch
+    watch = Watch()
     end = state.step + steps
     every = state.step + save_after if save_after else NEVER  # its first multiple beyond here is the only one
     train = state.config.train.model_copy(update={"checkpoint_every": every, "log_every": steps})
     state.config = state.config.model_copy(update={"train": train})
     TimedWriter.last_step = end
     loop._run_steps(state, replace(plan, total_steps=end), reader, run, ranks, None)
-    if save_after and must_be_written and (len(clock.written) != 1 or clock.written[0][1] > clock.steps[-1]):
+    if save_after and must_be_written and (len(watch.written) != 1 or watch.written[0][1] > watch.steps[-1]):
         raise SystemExit(f"The checkpoint was not written within {steps} steps: give more --steps.")
-    return clock
+    return watch
 
 
 def spread(values: list[float]) -> dict[str, float]:
@@ -177,9 +178,11 @@ def parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--recipe", default="base")
     parser.add_argument("--set", action="append", default=[], dest="overrides", metavar="KEY=VALUE")
-    parser.add_argument("--batch", type=int, help="default: 8 on a CPU, 64 on a GPU")
-    parser.add_argument("--steps", type=int, help="of a stretch; default: 8 on a CPU, what a checkpoint needs on a GPU")
-    parser.add_argument("--pairs", type=int, default=5)
+    parser.add_argument("--batch", type=positive, help="default: 8 on a CPU, 64 on a GPU")
+    parser.add_argument(
+        "--steps", type=positive, help="of a stretch; default: 8 on a CPU, what a checkpoint needs on a GPU"
+    )
+    parser.add_argument("--pairs", type=positive, default=5)
     parser.add_argument(
         "--folder", type=Path, help="where to put cache and checkpoints; default: a temporary one, with a GPU in memory"
     )
@@ -194,14 +197,17 @@ def place(device: torch.device, needed: int) -> Path | None:
     return IN_MEMORY if fits else None
 
 
+@timing.command
 def main() -> None:
     options = parser().parse_args()
     device = timing.use_clock(options)
+    if options.folder is not None and not options.folder.is_dir():
+        raise UserError(f"There is no folder '{options.folder}'.", "Make it, or leave --folder away.")
     if options.clock == "cpu":
         raise SystemExit("What surrounds a step is measured by the wall's clock.")
     ranks, images = Ranks(0, 0, 1, device), options.batch or BATCH[device.type]
-    batch = [f"train.global_batch_size={images}", f"train.max_batch_per_rank={images}"]
-    config = load_recipe(options.recipe, [*batch, "train.keep_last=1", "data.mirror=true", *options.overrides])
+    own = [f"train.global_batch_size={images}", f"train.max_batch_per_rank={images}"]
+    config = timing.recipe_with(options.recipe, options.overrides, [*own, "train.keep_last=1", "data.mirror=true"])
     loop.take_step, loop.batches_from, loop.CheckpointWriter = timed_step, timed_batches, TimedWriter  # type: ignore
 
     plan = make_plan(config, 1, SAMPLES)
@@ -214,7 +220,7 @@ def main() -> None:
 
             steps = options.steps or (STEPS if device.type == "cpu" else WARM_UP_STEPS)
 
-            def go(save_after: int, must_be_written: bool = True) -> Clock:
+            def go(save_after: int, must_be_written: bool = True) -> Watch:
                 found = stretch(state, plan, reader, run, ranks, steps, save_after, must_be_written)
                 say(f"{found.seconds:.2f} s for {steps} steps {'with' if save_after else 'without'} a checkpoint")
                 return found

@@ -29,6 +29,10 @@ class PlainXAR(nn.Module):
         dropout: while training.
     """
 
+    cos: Tensor
+    sin: Tensor
+    mask: Tensor
+
     def __init__(
         self,
         dim: int,

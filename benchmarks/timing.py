@@ -1,24 +1,30 @@
 """How the benchmarks measure: the clock, pairs of runs, the machine and the peak of its matrix products.
 
 Every ratio is of two runs made one after the other (A B B A). A GPU works behind the host's back: wherever one is in
-use, the clock is read only after it has finished.
+use, the clock is read only after it has finished. Also what their command lines have in common.
 """
 
 from __future__ import annotations
 
 import argparse
+import functools
 import gc
 import platform
 import resource
 import statistics
+import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
+from xar_cli.config import Config, load_recipe
 from xar_cli.distributed import pick_device
+from xar_cli.errors import UserError
 
 CPU = torch.device("cpu")
 CPU_THREADS = 2
@@ -39,10 +45,60 @@ class Clock:
     read: Callable[[], float] = staticmethod(time.perf_counter)
 
 
+def positive(text: str) -> int:
+    """A count on the command line: 1 or more."""
+    if not (text.isdecimal() and int(text) > 0):
+        raise argparse.ArgumentTypeError(f"'{text}' is no number of 1 or more")
+    return int(text)
+
+
+def command(main: Callable[[], None]) -> Callable[[], None]:
+    """Have what a person can mend end a benchmark with a sentence, not a traceback."""
+
+    @functools.wraps(main)
+    def run() -> None:
+        try:
+            main()
+        except UserError as error:
+            say(str(error))
+            raise SystemExit(error.exit_code) from None
+
+    return run
+
+
+def recipe_with(recipe: str, overrides: Sequence[str], own: Sequence[str]) -> Config:
+    """A recipe with a person's `--set`, and with what the benchmark sets by its own options.
+
+    Raises:
+        UserError: the person sets what the benchmark would report otherwise.
+    """
+    owned = {one.partition("=")[0] for one in own}
+    for key in (one.partition("=")[0].strip() for one in overrides):
+        if key in owned:
+            raise UserError(f"'--set {key}' is for an option of this benchmark to say.", "See --help.")
+    return load_recipe(recipe, [*overrides, *own])
+
+
+def require_agreement(what: str, difference: float, tolerance: float) -> None:
+    """End the benchmark, before it prints any speed, where two programs do not give the same."""
+    if not difference <= tolerance:
+        raise SystemExit(f"{what} differ by {difference:.1e}, more than {tolerance:g}: no speed is printed.")
+
+
+def distance(ours: Sequence[Tensor] | Tensor, theirs: Sequence[Tensor] | Tensor) -> float:
+    """|ours - theirs| / |theirs|, of all their values together, taken in float64."""
+
+    def norm(tensors: Sequence[Tensor]) -> float:
+        return float(sum(tensor.double().square().sum() for tensor in tensors)) ** 0.5
+
+    pair = [[tensors] if isinstance(tensors, Tensor) else list(tensors) for tensors in (ours, theirs)]
+    return norm([a.double() - b.double() for a, b in zip(*pair, strict=True)]) / norm(pair[1])
+
+
 def add_clock_options(parser: argparse.ArgumentParser, device: str = "cpu") -> None:
     """The options that every benchmark of speed has."""
     parser.add_argument("--device", default=device, help=f"auto, cpu, cuda or cuda:N; default: {device}")
-    parser.add_argument("--threads", type=int, help=f"default: {CPU_THREADS} on a CPU, torch's own with a GPU")
+    parser.add_argument("--threads", type=positive, help=f"default: {CPU_THREADS} on a CPU, torch's own with a GPU")
     parser.add_argument("--clock", choices=["wall", "cpu"], default="wall", help="cpu needs --threads 1")
 
 
@@ -87,6 +143,35 @@ def pairs(first: Callable[[], object], second: Callable[[], object], count: int)
             before, after = seconds(first), seconds(second)
         ratios.append(before / after)
     return ratios
+
+
+def in_turns(
+    first: Callable[[], float], second: Callable[[], float], count: int, with_cpu: bool = False
+) -> dict[str, float]:
+    """Ratios of two rates, which the calls measure themselves, in the order A B B A; and the rates.
+
+    With `cpu_ratio`: the same by processor time of all threads of this process, which is free of what else the machine
+    does; where the processor is the device, both tend to the same.
+    """
+    ratios, cpu_ratios = [], []
+    rates: tuple[list[float], list[float]] = ([], [])
+    for turn in range(count):
+        order = (first, second) if turn % 2 == 0 else (second, first)
+        got = []
+        for run in order:
+            before = time.process_time()
+            rate = run()
+            got.append((rate, time.process_time() - before))
+        (a, a_cpu), (b, b_cpu) = got if turn % 2 == 0 else got[::-1]
+        ratios.append(a / b)
+        cpu_ratios.append(b_cpu / a_cpu)
+        rates[0].append(a)
+        rates[1].append(b)
+    found = {"ratio": statistics.median(ratios), "min": min(ratios), "max": max(ratios), "pairs": count}
+    if with_cpu:
+        cpu = {"cpu_ratio": statistics.median(cpu_ratios), "cpu_min": min(cpu_ratios), "cpu_max": max(cpu_ratios)}
+        found |= cpu
+    return found | {"rate": statistics.median(rates[0]), "against_rate": statistics.median(rates[1])}
 
 
 class Timed:
@@ -148,17 +233,41 @@ def matmul_peak(precision: str, device: torch.device = CPU) -> float:
 
 
 def machine(options: argparse.Namespace, device: torch.device) -> dict[str, Any]:
-    """What the figures were measured on and with."""
+    """What the figures were measured on, with and when."""
     on_gpu = device.type == "cuda"
-    processor = platform.processor() or platform.machine()
     return {
-        "device": torch.cuda.get_device_name(device) if on_gpu else processor,
-        "processor": processor,
+        "device": torch.cuda.get_device_name(device) if on_gpu else processor(),
+        "processor": processor(),
         "threads": options.threads,
         "clock": options.clock,
         "torch": torch.__version__,
         **({"cuda": torch.version.cuda} if on_gpu else {}),
+        "commit": commit(),
+        "date": time.strftime("%Y-%m-%d"),
     }
+
+
+def processor() -> str:
+    """The CPU's name and which of the instructions it has that decide the speed of matrix products."""
+    facts = Path("/proc/cpuinfo")
+    if not facts.exists():
+        return platform.processor() or platform.machine()
+    lines = (line.partition(":") for line in facts.read_text().splitlines())
+    first: dict[str, str] = {}
+    for key, _, value in lines:
+        first.setdefault(key.strip(), value.strip())
+    has = first.get("flags", "").split()
+    known = [name for name in ("avx2", "avx512f", "avx512_bf16", "amx_bf16") if name in has]
+    return f"{first.get('model name', platform.machine())} ({', '.join(known)})"
+
+
+def commit() -> str:
+    """The commit of this code, and whether it was changed; empty outside a repository."""
+    describe = ["git", "describe", "--always", "--dirty", "--exclude", "*"]
+    done = subprocess.run(
+        describe, cwd=Path(__file__).parent, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, check=False
+    )
+    return done.stdout.strip()
 
 
 def forget_peak(device: torch.device) -> None:
@@ -169,19 +278,14 @@ def forget_peak(device: torch.device) -> None:
         torch.cuda.reset_peak_memory_stats(device)
 
 
-def peak_memory(device: torch.device) -> int:
-    """The most bytes that tensors held on a GPU since `forget_peak`; on a CPU the most that this process ever held.
-
-    What CUDA graphs use while they run is not among it; `reserved_memory` has it.
+def peak_memory(device: torch.device) -> dict[str, float]:
+    """For a report: the most that tensors held on a GPU since `forget_peak`, and that torch took of it, with the pools
+    of CUDA graphs; on a CPU the most that this process ever held.
     """
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-
-
-def reserved_memory(device: torch.device) -> dict[str, float]:
-    """For a report: the most that torch took of a GPU since `forget_peak`, with the pools of CUDA graphs."""
-    return {"reserved_memory_mb": torch.cuda.max_memory_reserved(device) / 1024**2} if device.type == "cuda" else {}
+    if device.type != "cuda":
+        return {"process_peak_memory_mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024}
+    taken = {"peak": torch.cuda.max_memory_allocated(device), "reserved": torch.cuda.max_memory_reserved(device)}
+    return {f"{name}_memory_mb": taken_bytes / 1024**2 for name, taken_bytes in taken.items()}
 
 
 def say(message: str) -> None:

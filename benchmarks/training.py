@@ -7,8 +7,9 @@
 Plain is the paper's arithmetic as eager code (benchmarks/plain.py): per-token modulation, dense mask, unfused AdamW (on
 a GPU by torch's default, over all tensors at once), one EMA update per parameter and `loss.item()` every step. Ours is
 the step of `xar train`, compiled. Every ratio is of two runs made one after the other (A B B A); median, minimum and
-maximum are printed, the plain code against itself first: that is the noise. Losses of both are compared for the same
-weights and draws before any speed is printed; with `--no-plain` they are not, and ours is timed alone.
+maximum are printed, the plain code against itself first: that is the noise. Losses and gradients of both, and what one
+step makes of the weights and their average, are compared for the same weights and draws, without dropout, before any
+speed is printed; with `--no-plain` they are not, and ours is timed alone.
 """
 
 from __future__ import annotations
@@ -17,30 +18,34 @@ import argparse
 import gc
 import json
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from benchmarks import plain, timing
-from benchmarks.timing import Timed, pairs, say, seconds, spread, spread_text
-from xar_cli.config import Config, load_recipe
+from benchmarks.sampling import require_plain
+from benchmarks.timing import Timed, pairs, positive, require_agreement, say, seconds, spread, spread_text
+from xar_cli.config import Config
 from xar_cli.distributed import Ranks
 from xar_cli.model import build_grouping
 from xar_cli.precision import autocast
 from xar_cli.tokenizer.codec import sample_latents
 from xar_cli.train.draws import draw_step
-from xar_cli.train.objective import batch_loss
 from xar_cli.train.plan import make_plan
 from xar_cli.train.state import TrainState
-from xar_cli.train.step import take_step
+from xar_cli.train.step import backward, take_step
 from xar_cli.train.window import Window
 from xar_cli.weights import from_published
 
+LR = 1e-6
+COMPARED = ("model.dropout=0", "train.ema_decays=[0.9]")  # so that float32 holds what a step adds to the average,
+COMPARED_LR = 1e-2  # and to the weights
 BATCH = {"cpu": 8, "cuda": 64}
 STEPS = {"cpu": 1, "cuda": 5}  # of one timing
-TOLERANCE = {"bf16": 2e-2, "fp32": 1e-4}  # relative difference of the losses
+TOLERANCE = {"bf16": 2e-2, "fp32": 1e-4}  # relative distance of the gradients; of the losses a tenth
+UPDATE_TOLERANCE = 1e-2  # of what a step in float32 adds: AdamW's first one is nearly the sign of each gradient
 NOISE, SAME, FULL = "noise: plain bf16 against itself", "bf16 against plain bf16", "bf16 against plain fp32"
 
 
@@ -55,6 +60,14 @@ def batches(config: Config, device: torch.device) -> Iterator[tuple[Tensor, Tens
         moments, labels = moments.pin_memory(), labels.pin_memory()
     while True:
         yield moments, labels
+
+
+def gradients_of(network: torch.nn.Module) -> dict[str, Tensor]:
+    """A copy of every parameter's gradient, 0 where there is none."""
+    return {
+        name: torch.zeros_like(parameter) if parameter.grad is None else parameter.grad.clone()
+        for name, parameter in network.named_parameters()
+    }
 
 
 class Plain:
@@ -73,8 +86,8 @@ class Plain:
         decayed = [p for p in network.parameters() if p.ndim >= 2]
         free = [p for p in network.parameters() if p.ndim < 2]
         groups = [{"params": decayed, "weight_decay": train.weight_decay}, {"params": free, "weight_decay": 0.0}]
-        self.foreach = device.type == "cuda"  # as torch does if not told otherwise
-        self.optimizer = torch.optim.AdamW(groups, lr=1e-6, betas=train.betas, foreach=self.foreach, fused=False)
+        self.foreach = device.type == "cuda"  # as torch's AdamW does if not told otherwise
+        self.optimizer = torch.optim.AdamW(groups, lr=train.lr, betas=train.betas, foreach=self.foreach, fused=False)
         self.average = [p.detach().clone() for p in network.parameters()]
         self.grouping = build_grouping(config.entity, config.grid)
         self.batches, self.step = batches(config, device), 0
@@ -89,16 +102,24 @@ class Plain:
         with autocast(self.precision, self.device):
             return plain.training_forward(self.network, latents, draws.t, draws.noise, labels)
 
+    def gradients(self) -> tuple[float, dict[str, Tensor]]:
+        """The loss of step 0 and its gradients, under our names."""
+        loss = self.loss(0)
+        loss.backward()
+        found = gradients_of(self.network)
+        self.optimizer.zero_grad()
+        return loss.item(), dict(from_published(found, self.config))
+
     def take_step(self) -> None:
         """Forward, backward, clip, AdamW, EMA, all plain."""
-        loss = self.loss(self.step)
+        loss, decay = self.loss(self.step), self.config.train.ema_decays[0]
         self.optimizer.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(self.network.parameters(), self.config.train.grad_clip, foreach=self.foreach)
         self.optimizer.step()
         with torch.no_grad():
             for average, parameter in zip(self.average, self.network.parameters(), strict=True):
-                average.mul_(0.9999).add_(parameter, alpha=0.0001)
+                average.mul_(decay).add_(parameter, alpha=1 - decay)
         loss.item()
         self.step += 1
 
@@ -121,28 +142,28 @@ class Ours:
         self.plan = make_plan(config, 1, config.data.num_images)
         self.batches, self.window = batches(config, device), Window(self.ranks, self.state.model.grouping.lengths)
 
-    def loss(self, step: int) -> Tensor:
-        """The mean loss of a step's draws."""
-        config, device = self.state.config, self.ranks.device
-        moments, labels = (tensor.to(device, non_blocking=True) for tensor in next(self.batches))
-        draws = draw_step(config, self.state.model.grouping, step, device)
-        return batch_loss(self.state.wrapped, config, self.state.model.grouping, moments, labels, draws).mean()
+    def gradients(self) -> tuple[float, dict[str, Tensor]]:
+        """The loss of step 0 and its gradients."""
+        one = torch.ones((), device=self.ranks.device)
+        loss = backward(self.state, self.plan, self.batches, self.ranks, one, None)
+        found = gradients_of(self.state.model)
+        self.state.optimizer.zero_grad()
+        return loss.item(), found
 
     def take_step(self) -> None:
         """One optimizer step."""
         take_step(self.state, self.plan, self.batches, self.ranks, self.window)
 
 
-def recipe(options: argparse.Namespace, batch: int, precision: str, dropout: float | None = None) -> Config:
-    """The recipe at this batch and precision; `dropout` replaces its own."""
-    return load_recipe(
-        options.recipe,
-        [
-            f"train.global_batch_size={batch}", f"train.max_batch_per_rank={batch}",
-            f"train.precision={precision}", "train.base_lr=1e-6", *options.overrides,
-            *([] if dropout is None else [f"model.dropout={dropout}"]),
-        ],
-    )  # fmt: skip
+def recipe(
+    options: argparse.Namespace, batch: int, precision: str, lr: float = LR, changes: Sequence[str] = ()
+) -> Config:
+    """The recipe at this batch and precision, with a learning rate that is there from the first step on."""
+    own = [
+        f"train.global_batch_size={batch}", f"train.max_batch_per_rank={batch}", f"train.precision={precision}",
+        f"train.base_lr={lr * 256 / batch}", f"train.min_lr={lr}", "train.warmup_fraction=0", *changes,
+    ]  # fmt: skip
+    return timing.recipe_with(options.recipe, options.overrides, own)
 
 
 def plain_network(config: Config) -> plain.PlainXAR:
@@ -152,53 +173,88 @@ def plain_network(config: Config) -> plain.PlainXAR:
     return plain.PlainXAR(model.dim, model.depth, model.heads, dropout=model.dropout)
 
 
-def check_losses(options: argparse.Namespace, batch: int, device: torch.device) -> dict[str, Any]:
-    """The losses of both without dropout; without agreement no speed is measured."""
-    found = {}
+def compare(options: argparse.Namespace, batch: int, device: torch.device) -> dict[str, Any]:
+    """How far apart both are without dropout; without agreement no speed is measured."""
+    found: dict[str, Any] = {}
     for precision, tolerance in TOLERANCE.items():
-        config = recipe(options, batch, precision, dropout=0.0)
+        config = recipe(options, batch, precision, COMPARED_LR, COMPARED)
         network = plain_network(config)
-        weights = dict(from_published(network.state_dict(), config))
-        with torch.no_grad():
-            theirs = float(Plain(config, network.to(device), precision, device).loss(0))
-            ours = float(Ours(config, weights, device).loss(0))
-        if not abs(theirs - ours) <= tolerance * theirs:
-            raise SystemExit(f"{precision}: the losses differ, {theirs} plain and {ours} ours: no speed is measured.")
-        say(f"{precision}: losses agree, {theirs:.6f} plain and {ours:.6f} ours")
-        found[precision] = {"plain": theirs, "ours": ours}
+        weights = {name: start.clone() for name, start in from_published(network.state_dict(), config).items()}
+        theirs, ours = Plain(config, network.to(device), precision, device), Ours(config, weights, device)
+        (their_loss, their_gradients), (our_loss, our_gradients) = theirs.gradients(), ours.gradients()
+        say(f"{precision}: losses {their_loss:.6f} plain and {our_loss:.6f} ours")
+        named = sorted(their_gradients)
+        distances = {
+            "loss": abs(their_loss - our_loss) / their_loss,
+            "gradients": timing.distance(
+                [our_gradients[name] for name in named], [their_gradients[name] for name in named]
+            ),
+        }
+        require_agreement(f"{precision}: the losses", distances["loss"], tolerance / 10)
+        require_agreement(f"{precision}: the gradients", distances["gradients"], tolerance)
+        if precision == "fp32":
+            distances |= compare_steps(theirs, ours, weights)
+        found[precision] = {"loss_plain": their_loss, "loss_ours": our_loss, "relative_difference": distances}
     timing.forget_peak(device)
+    return found
+
+
+def compare_steps(theirs: Plain, ours: Ours, before: dict[str, Tensor]) -> dict[str, float]:
+    """How far apart a step of both puts the weights, and their average, relative to how far it moves them."""
+    theirs.take_step()
+    ours.take_step()
+    config, names = theirs.config, [name for name, _ in theirs.network.named_parameters()]
+    averages = dict(zip(names, theirs.average, strict=True))
+    state, decay = ours.state, config.train.ema_decays[0]
+    made: dict[str, tuple[Mapping[str, Tensor], Mapping[str, Tensor]]] = {
+        "weights": (dict(state.model.named_parameters()), dict(theirs.network.named_parameters())),
+        "average": (state.averages.tensors(decay), averages),
+    }
+    found = {}
+    for what, (mine, published) in made.items():
+        their = dict(from_published({name: tensor.detach() for name, tensor in published.items()}, config))
+        moves = [
+            [
+                tensors[name].detach().double() - before[name].to(tensors[name].device).double()
+                for name in sorted(before)
+            ]
+            for tensors in (mine, their)
+        ]
+        found[f"step of the {what}"] = timing.distance(*moves)
+        require_agreement(f"What a step adds to the {what}", found[f"step of the {what}"], UPDATE_TOLERANCE)
     return found
 
 
 def time_ours(
     ours: Ours, repeated: Callable[[Callable[[], None]], Timed], repeats: int
-) -> tuple[Timed, float, int, dict[str, float]]:
-    """Ours alone: its times, seconds of the first step with its compilation, bytes at the peak of a step, reserved."""
+) -> tuple[Timed, float, dict[str, float]]:
+    """Ours alone: its times, seconds of the first step with its compilation, memory of a step."""
     timing.forget_peak(ours.ranks.device)
     first = seconds(ours.take_step)
     say(f"compile and first step of ours: {first:.1f} s")
     ours.take_step()
     timing.forget_peak(ours.ranks.device)
     ours.take_step()
-    peak, reserved = timing.peak_memory(ours.ranks.device), timing.reserved_memory(ours.ranks.device)
+    memory = timing.peak_memory(ours.ranks.device)
     timed = repeated(ours.take_step)
     for _ in range(repeats):
         timed()
-    return timed, first, peak, reserved
+    return timed, first, memory
 
 
 def parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--recipe", default="base")
     parser.add_argument("--set", action="append", default=[], dest="overrides", metavar="KEY=VALUE")
-    parser.add_argument("--batch", type=int, help="default: 8 on a CPU, 64 on a GPU")
-    parser.add_argument("--steps", type=int, help="of one timing; default: 1 on a CPU, 5 on a GPU")
-    parser.add_argument("--pairs", type=int, default=5)
+    parser.add_argument("--batch", type=positive, help="default: 8 on a CPU, 64 on a GPU")
+    parser.add_argument("--steps", type=positive, help="of one timing; default: 1 on a CPU, 5 on a GPU")
+    parser.add_argument("--pairs", type=positive, default=5)
     parser.add_argument("--no-plain", action="store_true", help="ours alone, as many timings as --pairs says")
     timing.add_clock_options(parser)
     return parser
 
 
+@timing.command
 def main() -> None:
     options = parser().parse_args()
     device = timing.use_clock(options)
@@ -219,15 +275,16 @@ def main() -> None:
 
     if options.no_plain:
         ours = Ours(config, None, device)
-        timed, first, peak_bytes, reserved = time_ours(ours, repeated, options.pairs)
-        last = float(ours.loss(0).detach())
+        timed, first, memory = time_ours(ours, repeated, options.pairs)
+        last, _ = ours.gradients()
         if not math.isfinite(last):
             raise SystemExit(f"The loss is {last}: no speed is printed.")
     else:
-        result["losses"] = check_losses(options, batch, device)
+        require_plain(config)
+        result["compared"] = compare(options, batch, device)
         network = plain_network(config)
         ours = Ours(config, dict(from_published(network.state_dict(), config)), device)
-        timed, first, peak_bytes, reserved = time_ours(ours, repeated, 1)
+        timed, first, memory = time_ours(ours, repeated, 1)
         network = network.to(device)
         plain_bf16 = Plain(config, network, "bf16", device)
         plain_fp32 = Plain(recipe(options, batch, "fp32"), network, "fp32", device)
@@ -255,13 +312,12 @@ def main() -> None:
         "gigaflop_per_image": ours.plan.flops_per_image / 1e9,
         "matmul_peak_gigaflops": peak / 1e9,
         "share_of_peak": share,
-        "peak_memory_mb": peak_bytes / 1024**2,
-        **reserved,
+        **memory,
         "estimated_memory_mb": ours.plan.memory_bytes / 1024**2,
         "summary": f"{options.recipe}, batch {batch}: {speed:.1f} images/s, "
-                   f"{timed.median / steps:.4f} s a step{against}, "
-                   f"{share:.0%} of {peak / 1e12:.1f} TFLOP/s, {peak_bytes / 1024**3:.1f} GB "
-                   f"(estimate {ours.plan.memory_bytes / 1024**3:.1f})",
+                   f"{timed.median / steps:.4f} s a step{against}, {share:.0%} of {peak / 1e12:.1f} TFLOP/s"
+                   + (f", {memory['peak_memory_mb'] / 1024:.1f} GB (estimate {ours.plan.memory_bytes / 1024**3:.1f})"
+                      if device.type == "cuda" else ""),
     }, indent=2))  # fmt: skip
 
 

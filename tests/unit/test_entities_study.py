@@ -122,8 +122,8 @@ def write_toy_results(
 ) -> None:
     """The result of a run that was never made, and black images for its picture."""
     result = {
-        "steps": 7, "loss": 1.0, "seconds": 60.0, "device": "A GPU", "torch": "2.9", "compiled": True,
-        "asked": setup.asked(study), "guidance": guidance,
+        "steps": entities.steps_of(study, setup), "loss": 1.0, "seconds": 60.0, "device": "A GPU", "torch": "2.9",
+        "compiled": True, "asked": setup.asked(study), "guidance": guidance,
     }  # fmt: skip
     path = entities.result_of(out, study, seed)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -161,7 +161,8 @@ def test_only_chosen_tables_with_results_are_rewritten(tmp_path, report):
     assert after.partition(begin)[0] == before.partition(begin)[0]
     assert after.partition(end)[2] == before.partition(end)[2]
     made = after.partition(begin)[2].partition(end)[0]
-    assert "| 4 x 4 | 4 x 4 | 16 | 7 | 4.00 | 2 | 5.00 | 0.750 | 1 |" in made
+    steps = entities.steps_of(entities.TABLES[4].rows[2].study, TOY)
+    assert f"| 4 x 4 | 4 x 4 | 16 | {steps} | 4.00 | 2 | 5.00 | 0.750 | 1 |" in made
     assert made.count("\n| ") == 1 + 2
     assert "2 networks, with `--tables 4 --epochs 2 3 --precision bf16 --count 20 --guidance 1 2`." in made
     assert "Device: A GPU; torch 2.9; trained in bf16 compiled." in made
@@ -201,8 +202,20 @@ def test_a_table_is_of_one_setting_and_says_what_it_leaves_out(other, tmp_path, 
     monkeypatch.setattr(entities.log, "propagate", True)
     caplog.set_level("INFO", logger="xar")
     entities.write_report(tmp_path, [4], TOY)
-    assert "| 4 x 4 | 4 x 4 | 16 | 7 | 4.00 | 2 | 9.00 | 0.750 | 1 |" in report.read_text(encoding="utf-8")
+    row = f"| 4 x 4 | 4 x 4 | 16 | {entities.steps_of(study, TOY)} | 4.00 | 2 | 9.00 | 0.750 | 1 |"
+    assert row in report.read_text(encoding="utf-8")
     assert f"left out: {study.slug}-seed1" in caplog.text
+
+
+def test_results_of_another_number_of_steps_do_not_count(tmp_path):
+    """As those have that were made when the recipe or the count of operations was another one."""
+    study = entities.TABLES[4].rows[2].study
+    write_toy_results(tmp_path, study, {"1": [9.0, 0.5], "2": [4.0, 0.75]})
+    write_toy_results(tmp_path, study, {"1": [9.0, 0.5], "2": [4.0, 0.75]}, seed=1)
+    path = entities.result_of(tmp_path, study, 1)
+    path.write_text(json.dumps({**json.loads(path.read_text()), "steps": 9999}))
+    assert set(entities.results_of(tmp_path, study, TOY)) == {0}
+    assert entities.left_out(tmp_path, 4, TOY) == [path]
 
 
 def test_results_of_another_device_and_without_a_compiler_count(tmp_path):
@@ -294,6 +307,13 @@ def test_defaults_follow_the_device(options, expected, monkeypatch):
     ((_, studies, seeds, setup, jobs),) = calls
     assert (setup.precision, setup.device, setup.compiled, jobs, len(studies)) == expected
     assert (seeds, setup.guidance) == (3, entities.GUIDANCE)
+
+
+def test_a_trial_leaves_the_docs_alone(monkeypatch):
+    monkeypatch.setattr(entities, "run_all", lambda *arguments: None)
+    monkeypatch.setattr(entities, "write_report", lambda *arguments: pytest.fail("written"))
+    monkeypatch.setattr("sys.argv", ["entities", "--epochs", "1", "1", "--seeds", "1"])
+    entities.main()
 
 
 def test_the_report_is_of_the_options_alone(tmp_path, monkeypatch):
