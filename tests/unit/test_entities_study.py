@@ -327,10 +327,14 @@ def test_the_report_is_of_the_options_alone(tmp_path, monkeypatch):
     assert setup.asked(entities.YARDSTICKS[entities.LARGE]) == {"epochs": 60, "precision": "bf16", "images": 1000}
 
 
-def test_table_4_in_docs_is_that_of_the_results_that_are_kept(tmp_path):
+SMALL_GRID = entities.Setup({entities.SMALL: 60, entities.LARGE: 120})
+LARGE_GRID = entities.Setup({entities.SMALL: 60, entities.LARGE: 60}, precision="bf16", guidance=(1.0, 2.0, 3.0))
+
+
+@pytest.mark.parametrize(("number", "setup"), [(3, SMALL_GRID), (4, LARGE_GRID), (5, SMALL_GRID)])
+def test_tables_in_docs_are_those_of_the_results_that_are_kept(tmp_path, number, setup):
     """Whoever goes on with them gets the numbers that are told."""
     shutil.copytree(entities.REPORT.parents[1] / "benchmarks" / "results" / "entities", tmp_path / "results")
-    setup = entities.Setup({entities.SMALL: 60, entities.LARGE: 60}, precision="bf16", guidance=(1.0, 2.0, 3.0))
-    rows = entities.table(tmp_path, 4, setup)
-    assert len(rows.splitlines()) == 4 + len(entities.TABLES[4].rows)
+    rows = entities.table(tmp_path, number, setup)
+    assert len(rows.splitlines()) == 4 + len(entities.TABLES[number].rows)
     assert rows in entities.REPORT.read_text(encoding="utf-8")
