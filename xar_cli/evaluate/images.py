@@ -11,7 +11,7 @@ import json
 import os
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -76,6 +76,10 @@ class ImageSet(ABC):
     @abstractmethod
     def content_hash(self) -> str:
         """sha256 (hex) of what the images are, wherever they lie."""
+
+    @abstractmethod
+    def outline(self) -> str:
+        """What tells these images from others before they are read, wherever they lie."""
 
     def load_many(self, indices: Sequence[int]) -> list[np.ndarray]:
         """Several images; a generator draws them together."""
@@ -171,14 +175,26 @@ class FolderImages(ImageSet):
             digest.update(_hash_of_file(path))
         return digest.hexdigest()
 
+    def outline(self) -> str:
+        """sha256 over the relative names and the sizes of all files, and the crop."""
+        digest = hashlib.sha256(f"crop {self.image_size}\n".encode())
+        for path, status in self._statuses():
+            told = status.st_size if status else "unreadable"
+            digest.update(f"{path.relative_to(self.root)}\0{told}\n".encode(errors="surrogateescape"))
+        return digest.hexdigest()
+
     def fingerprint(self) -> str:
         """sha256 over names, sizes and times of change: while it stays the same, so does the content hash."""
         digest = hashlib.sha256(f"{self.root.absolute()}\ncrop {self.image_size}\n".encode())
-        for path in self.files:
-            status = path.stat() if os.access(path, os.R_OK) else None
+        for path, status in self._statuses():
             told = f"{status.st_size}\0{status.st_mtime_ns}" if status else "unreadable"
             digest.update(f"{path}\0{told}\n".encode(errors="surrogateescape"))
         return digest.hexdigest()
+
+    def _statuses(self) -> Iterator[tuple[Path, os.stat_result | None]]:
+        """What the system tells of each file; nothing of one that cannot be read."""
+        for path in self.files:
+            yield path, path.stat() if os.access(path, os.R_OK) else None
 
     def item_name(self, index: int) -> str:
         """The path of the file."""
@@ -240,6 +256,10 @@ class ArrayImages(ImageSet):
             digest.update(np.ascontiguousarray(self._rows(slice(start, start + HASH_BLOCK))).tobytes())
         return digest.hexdigest()
 
+    def outline(self) -> str:
+        """Their shape."""
+        return str(tuple(self.images.shape))
+
     def _rows(self, rows: int | slice) -> np.ndarray:
         try:
             return np.asarray(self.images[rows])
@@ -292,6 +312,10 @@ class GeneratedImages(ImageSet):
     def content_hash(self) -> str:
         """sha256 over the identity and the labels."""
         return hashlib.sha256(self.identity.encode() + self._asked.tobytes()).hexdigest()
+
+    def outline(self) -> str:
+        """All that they depend on."""
+        return self.content_hash()
 
 
 def checked_labels(labels: Any, name: str, class_names: Sequence[str] | None = None) -> np.ndarray:

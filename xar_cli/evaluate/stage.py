@@ -55,9 +55,9 @@ def fid(settings: FidSettings) -> dict[str, Any]:
     if settings.report is not None:
         require_writable(settings.report, REPORT_BYTES, "the report")
     with process_group(settings.device) as ranks:
-        samples = open_images(settings.samples, settings.measure.image_size)
+        samples = ranks.on_all(lambda: open_images(settings.samples, settings.measure.image_size))
         made = facts_of_sampling(samples)
-        reference = open_reference(settings.reference, settings.measure.image_size)
+        reference = ranks.on_all(lambda: open_reference(settings.reference, settings.measure.image_size))
         found = evaluate(samples, reference, settings.protocols, settings=settings.measure, ranks=ranks)
         if not ranks.is_main:
             return {}

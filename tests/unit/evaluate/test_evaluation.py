@@ -6,21 +6,25 @@ import errno
 import hashlib
 import json
 import os
+import shutil
 import signal
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import get_args
 
 import numpy as np
 import pytest
 from PIL import Image
 
+from tests.thread_ranks import thread_ranks
 from tests.unit.evaluate.conftest import make_images, write_folder
 from xar_cli.config.schema import ProtocolName
 from xar_cli.errors import UserError
-from xar_cli.evaluate import Evaluator, Settings, evaluate, features, make_statistics
+from xar_cli.evaluate import Evaluator, Settings, evaluate, evaluation, features, make_statistics
 from xar_cli.evaluate.images import ArrayImages, GeneratedImages
 from xar_cli.evaluate.protocols import PROTOCOLS, counted, pick_protocols
 from xar_cli.evaluate.reference import open_reference
+from xar_cli.evaluate.weights import Weights
 
 QUICK = Settings(error_bars="none", batch_size=4)
 
@@ -63,6 +67,71 @@ def test_sets_that_come_and_go_keep_their_own_hash(folders, fake_networks) -> No
         return judge.evaluate(ArrayImages(make_images(22, brightness=brightness), "some")).samples.sha256
 
     assert len({sha256(brightness) for brightness in (1, 0.9, 0.8, 0.7)}) == 4
+
+
+def by_two_ranks(work):
+    """What `work`, given its ranks, returns on each of two."""
+    with ThreadPoolExecutor(2) as pool:
+        return [future.result() for future in [pool.submit(work, ranks) for ranks in thread_ranks(2)]]
+
+
+def test_two_ranks_give_the_numbers_of_one_and_fill_one_cache(folders, fake_networks, tmp_path) -> None:
+    settings = QUICK.model_copy(update={"feature_cache": tmp_path / "cache"})
+    alone = evaluate(*folders, "adm", settings=QUICK)
+    two = by_two_ranks(lambda ranks: evaluate(*folders, "adm", settings=settings, ranks=ranks))
+    for key, metric in alone.first.metrics.items():
+        assert two[0].first.metrics[key].value == pytest.approx(metric.value, rel=1e-6)
+    assert not two[1].results
+    assert evaluate(*folders, "adm", settings=settings).first.metrics == two[0].first.metrics
+    assert fake_networks["inception"].images_seen == 0
+
+
+@pytest.mark.parametrize("change", ["less", "longer"])
+@pytest.mark.parametrize("side", ["samples", "reference"])
+def test_ranks_that_see_other_images_are_refused(folders, fake_networks, tmp_path, side, change) -> None:
+    index = ("samples", "reference").index(side)
+    copy = shutil.copytree(folders[index], tmp_path / "copy")
+    if change == "less":
+        (copy / "000021.png").unlink()
+    else:
+        (copy / "000021.png").write_bytes((copy / "000021.png").read_bytes() + b"?")
+    of_rank = [folders, [copy if place == index else path for place, path in enumerate(folders)]]
+
+    def work(ranks):
+        with pytest.raises(UserError, match=f"Not all ranks have the same {side}.") as caught:
+            evaluate(*of_rank[ranks.rank], "adm", settings=QUICK, ranks=ranks)
+        assert "of which none is being written" in caught.value.next_step
+
+    by_two_ranks(work)
+    assert all(network.images_seen == 0 for network in fake_networks.values())
+
+
+def test_ranks_that_draw_other_images_or_have_other_weights_are_refused(folders, tmp_path, monkeypatch) -> None:
+    def drawn(ranks):
+        images = GeneratedImages("some", np.zeros(4), lambda indices: make_images(len(indices)), f"seed {ranks.rank}")
+        with pytest.raises(UserError, match="the same samples"):
+            evaluate(images, folders[1], "adm", settings=QUICK, ranks=ranks)
+
+    def weighed(ranks):
+        given = QUICK.model_copy(update={"inception_weights": (ranks.rank,)})
+        for measure in (
+            lambda: evaluate(*folders, "adm", settings=given, ranks=ranks),
+            lambda: make_statistics(folders[1], tmp_path / "s.npz", "adm", settings=given, ranks=ranks),
+        ):
+            with pytest.raises(UserError, match="the same network weights"):
+                measure()
+
+    by_two_ranks(drawn)
+    monkeypatch.setattr(evaluation, "require_weights", lambda _, given, __: Weights(Path("w"), str(given[0]), False))
+    by_two_ranks(weighed)
+
+
+def test_statistics_of_ranks_that_see_other_images_are_refused(folders, tmp_path) -> None:
+    def work(ranks):
+        with pytest.raises(UserError, match="the same images"):
+            make_statistics(folders[ranks.rank], tmp_path / "s.npz", "adm", settings=QUICK, ranks=ranks)
+
+    by_two_ranks(work)
 
 
 def test_ctrl_c_never_breaks_into_the_handing_over_of_images(folders, monkeypatch) -> None:
