@@ -142,7 +142,7 @@ def sweep_of_run(settings: SweepSettings) -> dict[str, Any]:
             "reference": reference.name, "protocol": protocol, "count": source.sampling.count, "seed": settings.seed,
             "solver": config.sample.solver, **judge.identity(),
         }  # fmt: skip
-        return run_sweep(out, identity, scales, steps, score, ranks.is_main)
+        return run_sweep(out, identity, scales, steps, score, ranks)
 
 
 class _Source:
