@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import itertools
 import json
+import os
 import re
 import shutil
 import signal
@@ -34,7 +35,7 @@ from xar_cli.evaluate.metrics import moments
 from xar_cli.evaluate.networks import FeatureNetwork
 from xar_cli.hub import is_sha256
 from xar_cli.logs import log, progress
-from xar_cli.run_dir import require_writable, write_at, write_atomic, write_json
+from xar_cli.run_dir import flush, require_writable, write_at, write_atomic, write_json
 from xar_cli.stopping import stop_between_pieces
 
 TABLE_VERSION = 1
@@ -221,9 +222,10 @@ class _RowWriter:
                 write_at(self.files[layer].fileno(), value.tobytes(), self.starts[layer] + row * value.nbytes)
 
     def close(self) -> None:
-        """Close the files; a network drive may tell only now that it is full."""
+        """Put all on the disk and close the files; a network drive may tell only now that it is full."""
         with _storing():
             for file in self.files.values():
+                os.fsync(file.fileno())
                 file.close()
 
 
@@ -415,8 +417,10 @@ def _complete(
                 np.lib.format.write_array_header_1_0(dense, form)
                 for row in kept:
                     dense.write(full[row].tobytes())
+            flush(folder / f"{layer}.dense.npy")
             (folder / f"{layer}.dense.npy").replace(folder / f"{layer}.npy")
     np.save(folder / "rows.npy", indices[kept])
+    flush(folder / "rows.npy")
     size = next(outcome.image_size for outcome in outcomes if outcome.image_size is not None)
     skipped = [images.item_name(int(indices[row])) for row in bad]
     write_json(folder / DONE, {"network": network.identity, "image_size": size, "skipped": skipped})

@@ -289,6 +289,26 @@ def test_features_in_the_cache_that_cannot_be_read_are_kept(folders, tmp_path) -
     assert all(note.with_name("pool.npy").is_file() for note in notes)
 
 
+@pytest.mark.parametrize("bad", [False, True])
+def test_features_are_on_the_disk_before_their_table_is_called_done(folders, tmp_path, monkeypatch, bad) -> None:
+    real, flushed, complete = os.fsync, set(), []
+
+    def fsync(descriptor: int) -> None:
+        flushed.add(os.fstat(descriptor).st_ino)
+        real(descriptor)
+
+    def write_json(path, value, real=features.write_json) -> None:
+        complete.append({file.stat().st_ino for file in path.parent.glob("*.npy")} <= flushed)
+        real(path, value)
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    monkeypatch.setattr(features, "write_json", write_json)
+    if bad:
+        (folders[0] / "000003.png").write_bytes(b"?")
+    evaluate(*folders, "adm", settings=QUICK.model_copy(update={"feature_cache": tmp_path / "cache", "skip_bad": bad}))
+    assert complete == [True, True]
+
+
 @pytest.mark.parametrize(("place", "name"), [(os, "pwrite"), (features, "write_json")])
 def test_a_full_disk_is_a_sentence_and_leaves_nothing(folders, tmp_path, monkeypatch, place, name) -> None:
     def full(*_, **__):
