@@ -184,10 +184,14 @@ class FolderImages(ImageSet):
         return digest.hexdigest()
 
     def fingerprint(self) -> str:
-        """sha256 over names, sizes and times of change: while it stays the same, so does the content hash."""
+        """sha256 over what the system tells of the files: while it stays the same, so does the content hash.
+
+        `tar`, `rsync` and `cp -p` set the time of modification, and images of one size may have files of one length;
+        the time of change and the number of a file nobody sets.
+        """
         digest = hashlib.sha256(f"{self.root.absolute()}\ncrop {self.image_size}\n".encode())
         for path, status in self._statuses():
-            told = f"{status.st_size}\0{status.st_mtime_ns}" if status else "unreadable"
+            told = (status.st_size, status.st_mtime_ns, status.st_ctime_ns, status.st_ino) if status else "unreadable"
             digest.update(f"{path}\0{told}\n".encode(errors="surrogateescape"))
         return digest.hexdigest()
 

@@ -17,7 +17,7 @@ from tests.unit.evaluate.conftest import make_images, write_folder
 from xar_cli.data import images as data_images
 from xar_cli.data.images import BadImageError, ImageFolder
 from xar_cli.errors import UserError
-from xar_cli.evaluate.images import ArrayImages, GeneratedImages, decode_opaque, open_images
+from xar_cli.evaluate.images import ArrayImages, FolderImages, GeneratedImages, decode_opaque, open_images
 from xar_cli.evaluate.npz import StoredRows, read_npz
 from xar_cli.evaluate.reference import open_reference
 
@@ -48,6 +48,23 @@ def test_content_hash_sees_every_byte_and_name(tmp_path) -> None:
     assert open_images(folder).content_hash() != first
     assert open_images(folder).fingerprint() != print_before
     assert open_images(folder, image_size=8).content_hash() != open_images(folder).content_hash()
+
+
+@pytest.mark.parametrize("in_place", [True, False])
+def test_a_file_replaced_by_one_of_its_size_and_time_is_another(tmp_path, in_place) -> None:
+    """As `tar`, `rsync` and `cp -p` leave them."""
+    images = FolderImages(write_folder(tmp_path / "set", make_images(2), ".bmp"))
+    fingerprint, path = images.fingerprint(), images.files[1]
+    assert images.fingerprint() == fingerprint
+    before, new = path.stat(), tmp_path / "set" / path.name if in_place else tmp_path / "new.bmp"
+    while True:
+        Image.fromarray(make_images(1, seed=9)[0]).save(new)
+        os.utime(new, ns=(before.st_atime_ns, before.st_mtime_ns))
+        if new.stat().st_ctime_ns != before.st_ctime_ns:  # the system's clock has steps
+            break
+    new.replace(path)
+    assert (path.stat().st_size, path.stat().st_mtime_ns) == (before.st_size, before.st_mtime_ns)
+    assert images.fingerprint() != fingerprint
 
 
 def test_files_are_in_the_order_of_the_libraries(tmp_path) -> None:
