@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import errno
+import gc
 import hashlib
 import json
 import os
 import shutil
 import signal
+import tempfile
+import threading
+import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import get_args
@@ -134,6 +138,52 @@ def test_statistics_of_ranks_that_see_other_images_are_refused(folders, tmp_path
     by_two_ranks(work)
 
 
+@pytest.mark.parametrize("cached", [False, True])
+def test_a_folder_that_one_rank_does_not_see_is_a_sentence_on_both(
+    folders, fake_networks, tmp_path, monkeypatch, cached
+) -> None:
+    """As a preview evaluates: whatever the ranks say to each other stays in pairs."""
+    cache, here = tmp_path / "cache", threading.local()
+    settings = QUICK.model_copy(update={"feature_cache": cache})
+    place, name = (features, "_open_table") if cached else (os, "listdir")
+    if cached:
+        evaluate(*folders, "adm", settings=settings)
+
+    real = getattr(place, name)
+
+    def look(*arguments):
+        if getattr(here, "rank", 0) == 1:
+            raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT))
+        return real(*arguments)
+
+    def work(ranks) -> None:
+        here.rank = ranks.rank
+        with pytest.raises(UserError, match=r"Rank 1 does not see the features in .*: No such file") as caught:
+            ranks.on_all(lambda: evaluate(*folders, "adm", settings=settings, ranks=ranks))
+        assert "on a disk shared by all machines" in caught.value.next_step
+
+    monkeypatch.setattr(place, name, look)
+    by_two_ranks(work)
+    assert fake_networks["inception"].images_seen == 0
+    assert not list(cache.glob(".*"))
+
+
+def test_a_table_for_a_time_stays_until_all_ranks_have_opened_it(folders, monkeypatch) -> None:
+    here = threading.local()
+
+    def late(*arguments, real=features._open_table):
+        if here.rank == 1:
+            time.sleep(0.2)
+        return real(*arguments)
+
+    def work(ranks) -> int:
+        here.rank = ranks.rank
+        return evaluate(*folders, "adm", settings=QUICK, ranks=ranks).samples.count
+
+    monkeypatch.setattr(features, "_open_table", late)
+    assert by_two_ranks(work) == [22, 22]
+
+
 def test_ctrl_c_never_breaks_into_the_handing_over_of_images(folders, monkeypatch) -> None:
     """There it could leave a thread waiting for ever. The evaluation ends before its next batch."""
     real, calls = ThreadPoolExecutor.submit, []
@@ -182,6 +232,24 @@ def test_half_made_tables_of_killed_processes_go_after_a_day(folders, tmp_path) 
             os.utime(folder, (0, 0))
     evaluate(*folders, "adm", settings=QUICK.model_copy(update={"feature_cache": cache}))
     assert sorted(cache.glob(".*")) == sorted((*old[2:], busy, fresh))
+
+
+@pytest.mark.parametrize("whose", ["ours", "another's"])
+def test_tables_for_a_time_of_killed_processes_go_after_a_day_too(folders, tmp_path, monkeypatch, whose) -> None:
+    place = tmp_path / "temporary"
+    monkeypatch.setattr(tempfile, "tempdir", str(place))
+    old = place / ".features-abcd_123"
+    old.mkdir(parents=True)
+    os.utime(old, (0, 0))
+    if whose != "ours":
+        monkeypatch.setattr(os, "getuid", lambda: old.stat().st_uid + 1)
+    found = evaluate(*folders, "adm", settings=QUICK)
+    tables = [path for path in place.iterdir() if path != old]
+    assert old.exists() == (whose != "ours")
+    assert [path.stat().st_mode & 0o777 for path in tables] == [0o700, 0o700]
+    del found
+    gc.collect()
+    assert not any(path.exists() for path in tables)
 
 
 def test_what_each_protocol_reports(folders) -> None:
@@ -263,9 +331,43 @@ def test_a_cut_off_table_in_the_cache_is_made_again(folders, tmp_path) -> None:
 def test_a_damaged_note_of_a_content_hash_is_written_again(folders, tmp_path) -> None:
     settings = QUICK.model_copy(update={"feature_cache": tmp_path / "cache"})
     first = evaluate(*folders, "adm", settings=settings)
-    for note in (tmp_path / "cache" / "hashes").iterdir():
+    notes = {note: note.read_text() for note in (tmp_path / "cache" / "hashes").iterdir()}
+    for note in notes:
         note.write_bytes(b"\x80")
     assert evaluate(*folders, "adm", settings=settings).samples.sha256 == first.samples.sha256
+    assert {note: note.read_text() for note in notes} == notes
+
+
+def test_a_content_hash_that_cannot_be_kept_is_a_warning(folders, tmp_path, caplog) -> None:
+    settings = QUICK.model_copy(update={"feature_cache": tmp_path / "cache"})
+    (tmp_path / "cache").mkdir()
+    (tmp_path / "cache" / "hashes").touch()
+    evaluate(*folders, "adm", settings=settings)
+    assert caplog.text.count("is not kept: File exists") == 2
+
+
+def test_others_may_read_the_features_in_the_cache_as_the_umask_has_it(folders, tmp_path, monkeypatch) -> None:
+    before = os.umask(0o022)
+    try:
+        evaluate(*folders, "adm", settings=QUICK.model_copy(update={"feature_cache": tmp_path / "cache"}))
+    finally:
+        os.umask(before)
+    for path in (tmp_path / "cache").rglob("*"):
+        assert path.stat().st_mode & 0o777 == (0o755 if path.is_dir() else 0o644), path
+
+
+def test_damaged_features_of_another_person_are_a_sentence(folders, tmp_path, monkeypatch) -> None:
+    settings = QUICK.model_copy(update={"feature_cache": tmp_path / "cache"})
+    evaluate(*folders, "adm", settings=settings)
+    for path in (tmp_path / "cache").glob("*/table.json"):
+        path.write_text("{")
+
+    def refuse(*_) -> None:
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+
+    monkeypatch.setattr(shutil, "rmtree", refuse)
+    with pytest.raises(UserError, match="cannot be stored: Permission denied"):
+        evaluate(*folders, "adm", settings=settings)
 
 
 def test_a_table_of_another_shape_in_the_cache_is_made_again(folders, fake_networks, tmp_path) -> None:
@@ -309,7 +411,7 @@ def test_features_are_on_the_disk_before_their_table_is_called_done(folders, tmp
     assert complete == [True, True]
 
 
-@pytest.mark.parametrize(("place", "name"), [(os, "pwrite"), (features, "write_json")])
+@pytest.mark.parametrize(("place", "name"), [(np.lib.format, "open_memmap"), (os, "pwrite"), (features, "write_json")])
 def test_a_full_disk_is_a_sentence_and_leaves_nothing(folders, tmp_path, monkeypatch, place, name) -> None:
     def full(*_, **__):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
@@ -319,6 +421,15 @@ def test_a_full_disk_is_a_sentence_and_leaves_nothing(folders, tmp_path, monkeyp
     with pytest.raises(UserError, match="features cannot be stored: No space left on device") as caught:
         evaluate(*folders, "adm", settings=settings)
     assert caught.value.exit_code == 1
+    assert [path.name for path in (tmp_path / "cache").iterdir()] == ["hashes"]
+
+
+def test_a_disk_with_too_little_room_is_a_sentence_and_leaves_nothing(folders, tmp_path, monkeypatch) -> None:
+    (tmp_path / "cache").mkdir()
+    free = shutil.disk_usage(tmp_path)._replace(free=1 << 20)  # enough for the hashes
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: free)
+    with pytest.raises(UserError, match=f"space for the features under '{tmp_path}/cache': 1.1 MB needed"):
+        evaluate(*folders, "adm", settings=QUICK.model_copy(update={"feature_cache": tmp_path / "cache"}))
     assert [path.name for path in (tmp_path / "cache").iterdir()] == ["hashes"]
 
 
