@@ -7,6 +7,7 @@ images to the evaluate stage, and owns no step of either.
 from __future__ import annotations
 
 import itertools
+import signal
 import time
 from collections.abc import Sequence
 from functools import cached_property
@@ -32,6 +33,7 @@ from xar_cli.sample.network import SamplingNetwork
 from xar_cli.sample.request import build_settings, sampling_overrides
 from xar_cli.sample.settings import SampleSettings
 from xar_cli.sample.stage import batches, draw_images, expect_images, load_codec, load_network
+from xar_cli.stopping import stop_at_once
 from xar_cli.weights import open_weights
 from xar_cli.weights.ranks import open_on_all
 
@@ -82,7 +84,7 @@ def fid_of_run(settings: RunSettings) -> dict[str, Any]:
     reference = open_reference(settings.reference, settings.measure.image_size)
     if settings.report is not None:
         require_writable(settings.report, REPORT_BYTES, "the report")
-    with process_group(settings.device) as ranks:
+    with process_group(settings.device) as ranks, stop_at_once(signal.SIGTERM):
         source = _Source(settings, ranks)
         images = source.images(source.sampling)
         made = facts_of_sampling(images)
@@ -103,7 +105,7 @@ def sweep_of_run(settings: SweepSettings) -> dict[str, Any]:
     run = RunDir(settings.run).require()
     out = settings.out or run.root / "sweep"
     require_writable(out, 1 << 20, "the sweep")
-    with process_group(settings.device) as ranks:
+    with process_group(settings.device) as ranks, stop_at_once(signal.SIGTERM):
         source = _Source(settings, ranks)
         config = source.sampling.config
         measure = settings.measure.model_copy(update={"batch_size": config.sample.batch_size})

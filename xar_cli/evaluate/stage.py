@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from xar_cli.evaluate.reference import open_reference
 from xar_cli.evaluate.report import facts_of_sampling, write_report
 from xar_cli.evaluate.weights import PUBLISHED, find_weights
 from xar_cli.run_dir import require_possible, require_writable
+from xar_cli.stopping import stop_at_once
 
 REPORT_BYTES = 20_000_000
 
@@ -54,7 +56,7 @@ def fid(settings: FidSettings) -> dict[str, Any]:
     pick_protocols(settings.protocols)  # a wrong name is told before folders are read
     if settings.report is not None:
         require_writable(settings.report, REPORT_BYTES, "the report")
-    with process_group(settings.device) as ranks:
+    with process_group(settings.device) as ranks, stop_at_once(signal.SIGTERM):
         samples = ranks.on_all(lambda: open_images(settings.samples, settings.measure.image_size))
         made = facts_of_sampling(samples)
         reference = ranks.on_all(lambda: open_reference(settings.reference, settings.measure.image_size))
@@ -73,7 +75,7 @@ def statistics(settings: StatisticsSettings) -> dict[str, Any]:
     pick_protocol(settings.protocol)
     require_possible(settings.out)
     require_writable(settings.out.parent, 1 << 27, "the statistics")
-    with process_group(settings.device) as ranks:
+    with process_group(settings.device) as ranks, stop_at_once(signal.SIGTERM):
         origin = make_statistics(
             settings.images, settings.out, settings.protocol, settings=settings.measure, ranks=ranks
         )

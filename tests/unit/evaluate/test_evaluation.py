@@ -24,8 +24,9 @@ from tests.thread_ranks import thread_ranks
 from tests.unit.evaluate.conftest import make_images, write_folder
 from xar_cli.config.schema import ProtocolName
 from xar_cli.errors import UserError
-from xar_cli.evaluate import Evaluator, Settings, evaluate, evaluation, features, make_statistics
+from xar_cli.evaluate import Evaluator, Settings, evaluate, evaluation, features, make_statistics, stage
 from xar_cli.evaluate.images import ArrayImages, GeneratedImages
+from xar_cli.evaluate.judge import Judge
 from xar_cli.evaluate.protocols import PROTOCOLS, counted, pick_protocols
 from xar_cli.evaluate.reference import open_reference
 from xar_cli.evaluate.weights import Weights
@@ -217,6 +218,32 @@ def test_sigterm_leaves_no_half_made_table_in_the_cache(folders, tmp_path, monke
     assert caught.value.code == 143
     assert begun[0]
     assert not list((tmp_path / "cache").glob(".*"))
+
+
+@pytest.mark.parametrize("command", ["fid", "statistics"])
+def test_sigterm_while_numbers_are_computed_leaves_no_tables(folders, tmp_path, monkeypatch, command) -> None:
+    place, there = tmp_path / "temporary", []
+    place.mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(place))
+
+    def stopped(*_) -> None:
+        there.append(len(list(place.iterdir())))
+        signal.raise_signal(signal.SIGTERM)
+
+    monkeypatch.setattr(Judge, "result", stopped)
+    monkeypatch.setattr(evaluation, "write_statistics", stopped)
+    settings = {
+        "fid": stage.FidSettings(samples=folders[0], reference=folders[1], protocols=("adm",), measure=QUICK),
+        "statistics": stage.StatisticsSettings(
+            images=folders[1], out=tmp_path / "out.npz", protocol="adm", measure=QUICK
+        ),
+    }
+    with pytest.raises(SystemExit) as caught:
+        getattr(stage, command)(settings[command].model_copy(update={"device": "cpu"}))
+    assert (caught.value.code, there) == (143, [2 if command == "fid" else 1])
+    del caught  # and what its frames hold, as at the end of a process
+    gc.collect()
+    assert not list(place.iterdir())
 
 
 def test_half_made_tables_of_killed_processes_go_after_a_day(folders, tmp_path) -> None:
