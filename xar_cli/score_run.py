@@ -24,8 +24,8 @@ from xar_cli.evaluate import Evaluator, Settings, evaluate
 from xar_cli.evaluate.images import GeneratedImages
 from xar_cli.evaluate.protocols import pick_protocol, pick_protocols
 from xar_cli.evaluate.reference import open_reference
-from xar_cli.evaluate.report import facts_of_sampling, write_report
-from xar_cli.evaluate.stage import REPORT_BYTES
+from xar_cli.evaluate.report import facts_of_sampling
+from xar_cli.evaluate.stage import REPORT_BYTES, told
 from xar_cli.evaluate.sweep import Point, Score, Steps, run_sweep
 from xar_cli.run_dir import RunDir, require_writable
 from xar_cli.sample.manifest import FREE_KEYS, make_manifest
@@ -92,11 +92,7 @@ def fid_of_run(settings: RunSettings) -> dict[str, Any]:
         found = evaluate(images, reference, source.protocols, settings=measure, ranks=ranks)
         if not ranks.is_main:
             return {}
-        result = found.as_dict()
-        if settings.report is not None:
-            paths = write_report(settings.report, found, made, images, reference, measure)
-            result["report"] = {name: str(path) for name, path in paths.items()}
-        return result
+        return told(found, made, images, reference, measure, settings.report)
 
 
 def sweep_of_run(settings: SweepSettings) -> dict[str, Any]:

@@ -219,7 +219,8 @@ def make_statistics(
     """Write the statistics of real images for one protocol, with ADM's names, and return what they are of.
 
     Raises:
-        UserError: as `Evaluator`, the images are generated samples, or `out` is a file that is none of ours.
+        UserError: as `Evaluator`, the images are generated samples, `out` is a file that is none of ours, or (exit code
+            1) it cannot be written.
     """
     settings = settings or Settings()
     wanted = pick_protocol(protocol)
@@ -242,10 +243,18 @@ def make_statistics(
         "precision": network.precision, "source": opened.name, "content_hash": work.content_hash(opened),
         "count": len(table), "image_size": table.image_size, "skipped": len(table.skipped),
     }  # fmt: skip
-    if ranks.is_main:
+
+    def write() -> None:
         layers = [layer for layer in ("pool", "spatial") if layer in table.layers]
         gaussians = {layer: table.gaussian(layer) for layer in layers}
-        write_statistics(out, gaussians, origin)
+        try:
+            write_statistics(out, gaussians, origin)
+        except OSError as error:
+            raise UserError(
+                f"'{out}' could not be written: {error.strerror}.", "Make room, or give another --out.", exit_code=1
+            ) from None
+
+    ranks.on_main(write)
     return origin
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import signal
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -10,11 +11,12 @@ from xar_cli.config.schema import Section
 from xar_cli.distributed import process_group
 from xar_cli.errors import UserError
 from xar_cli.evaluate.evaluation import Settings, evaluate, make_statistics
-from xar_cli.evaluate.images import open_images
+from xar_cli.evaluate.images import ImageSet, open_images
 from xar_cli.evaluate.networks import DIGITS
 from xar_cli.evaluate.protocols import PROTOCOLS, pick_protocol, pick_protocols
-from xar_cli.evaluate.reference import open_reference
+from xar_cli.evaluate.reference import Reference, open_reference
 from xar_cli.evaluate.report import facts_of_sampling, write_report
+from xar_cli.evaluate.results import Evaluation
 from xar_cli.evaluate.weights import PUBLISHED, find_weights
 from xar_cli.run_dir import require_possible, require_writable
 from xar_cli.stopping import stop_at_once
@@ -63,11 +65,27 @@ def fid(settings: FidSettings) -> dict[str, Any]:
         found = evaluate(samples, reference, settings.protocols, settings=settings.measure, ranks=ranks)
         if not ranks.is_main:
             return {}
-        result = found.as_dict()
-        if settings.report is not None:
-            paths = write_report(settings.report, found, made, samples, reference, settings.measure)
-            result["report"] = {name: str(path) for name, path in paths.items()}
+        return told(found, made, samples, reference, settings.measure, settings.report)
+
+
+def told(
+    found: Evaluation,
+    made: Mapping[str, Any],
+    samples: ImageSet,
+    reference: Reference,
+    measure: Settings,
+    report: Path | None,
+) -> dict[str, Any]:
+    """What `--json` prints, with the report written where one is asked for; one that fails costs no number."""
+    result = found.as_dict()
+    if report is None:
         return result
+    try:
+        paths = write_report(report, found, made, samples, reference, measure)
+    except (OSError, UserError) as error:
+        reason = f"{error.strerror}." if isinstance(error, OSError) else str(error)
+        return {**result, "report_failure": f"The report in '{report}' is not whole: {reason}"}
+    return {**result, "report": {name: str(path) for name, path in paths.items()}}
 
 
 def statistics(settings: StatisticsSettings) -> dict[str, Any]:

@@ -24,7 +24,7 @@ from tests.thread_ranks import thread_ranks
 from tests.unit.evaluate.conftest import make_images, write_folder
 from xar_cli.config.schema import ProtocolName
 from xar_cli.errors import UserError
-from xar_cli.evaluate import Evaluator, Settings, evaluate, evaluation, features, make_statistics, stage
+from xar_cli.evaluate import Evaluator, Settings, evaluate, evaluation, features, make_statistics, reference, stage
 from xar_cli.evaluate.images import ArrayImages, GeneratedImages
 from xar_cli.evaluate.judge import Judge
 from xar_cli.evaluate.protocols import PROTOCOLS, counted, pick_protocols
@@ -491,6 +491,16 @@ def test_statistics_give_the_number_of_the_images(folders, tmp_path) -> None:
     assert through.first.metrics["precision"].value is None
     assert "statistics" in through.first.metrics["precision"].note
     assert through.reference.count == 30
+
+
+def test_statistics_that_cannot_be_written_are_a_sentence(folders, tmp_path, monkeypatch) -> None:
+    def full(*_) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(reference, "write_atomic", full)
+    with pytest.raises(UserError, match=r"out.npz' could not be written: No space left on device\.") as caught:
+        make_statistics(folders[1], tmp_path / "out.npz", "adm", settings=QUICK)
+    assert caught.value.exit_code == 1
 
 
 @pytest.mark.parametrize("kind", ["images", "foreign", "text", "folder"])
