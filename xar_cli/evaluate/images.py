@@ -451,13 +451,13 @@ def manifest_of_npz(path: Path, arrays: Mapping[str, np.ndarray]) -> Mapping[str
     """The manifest of samples that `xar sample` packed: it lies beside the file, and its labels are the file's.
 
     Raises:
-        UserError: the manifest is damaged.
+        UserError: the manifest is damaged, or cannot be read.
     """
     labels, beside = arrays.get("arr_1"), path.parent / MANIFEST
     if labels is None or labels.ndim != 1 or not beside.is_file():
         return None
     try:
-        manifest = _checked_manifest(json.loads(beside.read_text(encoding="utf-8")), beside)
+        manifest = _checked_manifest(json.loads(_read(beside)), beside)
     except ValueError:  # another program's file
         return None
     if manifest is None:
@@ -492,10 +492,17 @@ def _read_manifest(root: Path) -> Mapping[str, Any] | None:
     if not path.is_file():
         return None
     try:
-        manifest = json.loads(path.read_text(encoding="utf-8"))
+        manifest = json.loads(_read(path))
     except ValueError as error:
         raise UserError(f"'{path}' is not JSON ({error}).", "Sample again, or remove that file.") from None
     return _checked_manifest(manifest, path)
+
+
+def _read(path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise UserError(f"'{path}' cannot be read: {error.strerror}.", "Mend its permissions or disk.") from None
 
 
 def _checked_manifest(manifest: Any, path: Path) -> Mapping[str, Any] | None:
@@ -505,7 +512,17 @@ def _checked_manifest(manifest: Any, path: Path) -> Mapping[str, Any] | None:
     for key, kind in {"labels": list, "class_names": list, "config": dict, "evaluations": dict}.items():
         if not isinstance(manifest.get(key), kind | None):
             raise UserError(f"'{path}' is damaged: '{key}' is no {kind.__name__}.", "Sample again into a new folder.")
+    data, size = (manifest.get("config") or {}).get("data"), manifest.get("image_size")
+    if not isinstance(data, dict | None) or not (size is None or is_size(size)):
+        wrong = "image_size" if isinstance(data, dict | None) else "config"
+        raise UserError(f"'{path}' is damaged: '{wrong}' is not as it was written.", "Sample again into a new folder.")
     return manifest
+
+
+def is_size(value: Any) -> bool:
+    """Whether a value of a JSON file is the side of an image, or height and width."""
+    sides = value if isinstance(value, list) else [value, value]
+    return len(sides) == 2 and all(type(side) is int and side > 0 for side in sides)
 
 
 def _has_classes(manifest: Mapping[str, Any]) -> bool:

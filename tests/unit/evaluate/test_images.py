@@ -150,6 +150,45 @@ def test_a_damaged_manifest_is_a_sentence(tmp_path, key) -> None:
         open_images(folder)
 
 
+@pytest.mark.parametrize(
+    ("key", "value"), [("config", {"data": [1]}), ("image_size", "x"), ("image_size", [8]), ("image_size", [8, True])]
+)
+def test_a_damaged_entry_of_a_manifest_is_a_sentence(tmp_path, key, value) -> None:
+    folder = write_folder(tmp_path / "folder", IMAGES)
+    (folder / "manifest.json").write_text(json.dumps({"format": "xar-samples", "labels": [0] * 5, key: value}))
+    with pytest.raises(UserError, match=f"'{key}' is not as it was written"):
+        open_images(folder)
+
+
+def test_a_manifest_that_cannot_be_read_is_a_sentence(tmp_path, monkeypatch) -> None:
+    folder = write_folder(tmp_path / "folder", IMAGES)
+    np.savez(folder / "samples.npz", IMAGES, np.zeros(5, int))
+    (folder / "manifest.json").write_text("{}")
+
+    def refuse(_) -> bytes:
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+
+    monkeypatch.setattr("pathlib.Path.read_bytes", refuse)
+    for name in ("", "samples.npz"):
+        with pytest.raises(UserError, match=r"manifest.json' cannot be read: Permission denied"):
+            open_images(folder / name)
+
+
+def test_damaged_rows_of_an_hdf5_file_are_bad_images(tmp_path) -> None:
+    path = tmp_path / "images.h5"
+    with h5py.File(path, "w") as file:
+        file.create_dataset("images", data=IMAGES, chunks=(1, *IMAGES.shape[1:]), compression="gzip", fletcher32=True)
+        place = file["images"].id.get_chunk_info(2).byte_offset
+    with path.open("r+b") as file:
+        file.seek(place)
+        file.write(bytes(20))
+    images = open_images(path)
+    assert (images.load(1) == IMAGES[1]).all()
+    for read in (lambda: images.load(2), images.content_hash):
+        with pytest.raises(BadImageError, match=r"images\.h5': Can't .*read data"):
+            read()
+
+
 def test_labels_of_a_manifest_go_with_the_number_in_the_name(tmp_path) -> None:
     folder = write_folder(tmp_path / "samples", IMAGES)
     (folder / "000001.png").unlink()  # a stopped run: labels must not move up
