@@ -201,7 +201,7 @@ def _extract_rows(
                         check(item.size, int(indices[row]))
                         good.append((row, item.pixels))
                 if good:
-                    _write_rows(tables, network, good, batch_size)
+                    _write_rows(tables, network, good, min(batch_size, last - first))
                 display.update(len(rows), skipped=len(outcome.bad_rows))
     except UserError as error:
         outcome.error = error
@@ -256,7 +256,7 @@ def _write_rows(
     try:
         pixels = np.stack([image for _, image in good])
         short = batch_size - len(pixels)
-        if short > 0:  # one batch shape for a compiled network: repeat the last image and drop its features
+        if short > 0 and network.compiled is not None:  # one batch shape: repeat the last image and drop its features
             pixels = np.concatenate([pixels, np.repeat(pixels[-1:], short, axis=0)])
         with memory_for(work, next_step):
             features = network.features(pixels)

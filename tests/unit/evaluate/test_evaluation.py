@@ -21,7 +21,7 @@ import pytest
 from PIL import Image
 
 from tests.thread_ranks import thread_ranks
-from tests.unit.evaluate.conftest import make_images, write_folder
+from tests.unit.evaluate.conftest import FakeInception, make_images, write_folder
 from xar_cli.config.schema import ProtocolName
 from xar_cli.errors import UserError
 from xar_cli.evaluate import Evaluator, Settings, evaluate, evaluation, features, make_statistics, reference, stage
@@ -46,8 +46,7 @@ def test_features_are_extracted_once_per_network(folders, fake_networks) -> None
     found = evaluate(*folders, "adm,torch-fidelity", settings=QUICK)
     assert list(found.results) == ["adm", "torch-fidelity"]
     assert list(fake_networks) == ["inception"]
-    # 22 and 30 images in batches of 4, the last one filled up.
-    assert fake_networks["inception"].images_seen == 24 + 32
+    assert fake_networks["inception"].images_seen == 22 + 30
     assert found.results["adm"].metrics["fid"].value == found.results["torch-fidelity"].metrics["fid"].value
 
 
@@ -57,7 +56,7 @@ def test_one_evaluator_judges_many_sets_by_features_computed_once(folders, fake_
     fake_networks.clear()
     judge = Evaluator(folders[1], "adm", settings=QUICK)
     found = [judge.evaluate(one).as_dict() for one in samples]
-    assert fake_networks["inception"].images_seen == 24 + 32 + 24
+    assert fake_networks["inception"].images_seen == 22 + 30 + 22
     for one in (*alone, *found):
         for side in ("samples", "reference"):
             assert one[side].pop("images_per_second") > 0
@@ -317,12 +316,12 @@ def test_features_are_cached_by_content(folders, fake_networks, tmp_path) -> Non
     seen = fake_networks["inception"].images_seen
     again = evaluate(*folders, "adm", settings=settings)
     assert fake_networks["inception"].images_seen == 0  # a new network that saw nothing
-    assert seen == 56
+    assert seen == 52
     assert again.first.metrics == first.first.metrics
     assert again.samples.images_per_second is None
     Image.fromarray(make_images(1, seed=9)[0]).save(folders[0] / "000003.png")  # other content, same names
     changed = evaluate(*folders, "adm", settings=settings)
-    assert fake_networks["inception"].images_seen == 24  # the samples alone
+    assert fake_networks["inception"].images_seen == 22  # the samples alone
     assert changed.frechet_distance != first.frechet_distance
     assert not list((tmp_path / "cache").glob(".*"))  # no half-made table is left
 
@@ -341,7 +340,7 @@ def test_damaged_features_in_the_cache_are_made_again(folders, fake_networks, tm
     for file in (tmp_path / "cache").glob(f"*/{name}"):
         file.unlink() if content is None else file.write_bytes(content)
     again = evaluate(*folders, "adm", settings=settings)
-    assert fake_networks["inception"].images_seen == 24 + 32
+    assert fake_networks["inception"].images_seen == 22 + 30
     assert again.first.metrics == first.first.metrics
     evaluate(*folders, "adm", settings=settings)
     assert fake_networks["inception"].images_seen == 0
@@ -403,7 +402,7 @@ def test_a_table_of_another_shape_in_the_cache_is_made_again(folders, fake_netwo
     for path in (tmp_path / "cache").glob("*/pool.npy"):
         np.save(path, np.load(path)[:-1])
     assert evaluate(*folders, "adm", settings=settings).first.metrics == first.first.metrics
-    assert fake_networks["inception"].images_seen == 24 + 32
+    assert fake_networks["inception"].images_seen == 22 + 30
 
 
 def test_features_in_the_cache_that_cannot_be_read_are_kept(folders, tmp_path) -> None:
@@ -476,10 +475,24 @@ def test_rows_are_written_whole_and_nothing_beside_them(folders, monkeypatch) ->
     assert sum(written) == (22 + 30) * (12 + 5 + 6) * 4
 
 
-def test_a_batch_for_which_the_memory_does_not_suffice_is_a_sentence(folders) -> None:
-    with pytest.raises(UserError, match=f"on {10**12} images at a time does not fit") as caught:
-        evaluate(*folders, "adm", settings=QUICK.model_copy(update={"batch_size": 10**12}))
+def test_a_batch_for_which_the_memory_does_not_suffice_is_a_sentence(folders, monkeypatch) -> None:
+    def full(*_, **__) -> None:
+        raise MemoryError
+
+    monkeypatch.setattr(np, "stack", full)
+    with pytest.raises(UserError, match=r"on 4 images at a time does not fit into the memory") as caught:
+        evaluate(*folders, "adm", settings=QUICK)
     assert "Lower --batch-size" in caught.value.next_step
+
+
+@pytest.mark.parametrize(("batch_size", "seen"), [(4, 24 + 32), (100, 22 + 30)])
+def test_batches_are_filled_up_for_a_compiled_network_alone(folders, fake_networks, monkeypatch, batch_size, seen):
+    settings = QUICK.model_copy(update={"batch_size": batch_size})
+    plain = evaluate(*folders, "adm", settings=settings)
+    assert fake_networks["inception"].images_seen == 22 + 30
+    monkeypatch.setattr(FakeInception, "compiled", FakeInception.forward)
+    assert evaluate(*folders, "adm", settings=settings).first.metrics == plain.first.metrics
+    assert fake_networks["inception"].images_seen == seen
 
 
 def test_statistics_give_the_number_of_the_images(folders, tmp_path) -> None:
