@@ -1,6 +1,7 @@
 """Where things lie inside a run folder, and how a file is put there whole.
 
-Owns names and atomic writes; knows nothing of what the files mean.
+Owns names, and what all files are read and written with: whole or not at all, at a place, flushed, where there is room.
+Knows nothing of what they mean.
 """
 
 from __future__ import annotations

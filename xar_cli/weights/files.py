@@ -140,7 +140,7 @@ def load_weights(
 def open_weights(source: str | Path, config: Config | None = None, *, ema: bool = True) -> WeightsFile:
     """Open a source of weights and match it with its recipe, without loading the tensors.
 
-    A file in a checkpoint is read once, for its checksum.
+    Of a run or a checkpoint, the averages or the raw weights are read once, for their checksums; of a file in one, it.
 
     Args: as `load_weights`.
 
