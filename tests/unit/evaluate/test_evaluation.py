@@ -372,7 +372,7 @@ def test_a_content_hash_that_cannot_be_kept_is_a_warning(folders, tmp_path, capl
     assert caplog.text.count("is not kept: File exists") == 2
 
 
-def test_others_may_read_the_features_in_the_cache_as_the_umask_has_it(folders, tmp_path, monkeypatch) -> None:
+def test_others_may_read_the_features_in_the_cache_as_the_umask_has_it(folders, tmp_path) -> None:
     before = os.umask(0o022)
     try:
         evaluate(*folders, "adm", settings=QUICK.model_copy(update={"feature_cache": tmp_path / "cache"}))
