@@ -1,8 +1,9 @@
 """Files on the Hugging Face hub: named `hf://owner/repo/file[@revision]`, fetched into the hub's own cache.
 
-Owns: reading such names, fetching one file, the table of published weights, uploading. Where the cache lies,
-which server is asked and whether it is asked at all is huggingface-hub's business: HF_HOME, HF_ENDPOINT,
-HF_HUB_OFFLINE. A file is fetched only where a person names it; nothing is fetched by default.
+Owns: reading such names, fetching one file, the table of published weights, uploading, and the sha256 of any file,
+by which the hub knows it. Where the cache lies, which server is asked and whether it is asked at all is
+huggingface-hub's business: HF_HOME, HF_ENDPOINT, HF_HUB_OFFLINE. A file is fetched only where a person names it;
+nothing is fetched by default.
 """
 
 from __future__ import annotations

@@ -1,12 +1,12 @@
 """Where things lie inside a run folder, and how a file is put there whole.
 
-Owns names and atomic writes; knows nothing of what the files mean.
+Owns names, and what all files are read and written with: whole or not at all, at a place, flushed, where there is room.
+Knows nothing of what they mean.
 """
 
 from __future__ import annotations
 
 import errno
-import glob
 import json
 import os
 import re
@@ -170,7 +170,8 @@ def write_atomic(path: Path, data: bytes | str) -> None:
 
 def temporary_files(path: Path) -> list[Path]:
     """What a process that was killed while it wrote `path` has left beside it: files, or folders of an export."""
-    return list(path.parent.glob(f".{glob.escape(path.name)}.*.tmp"))
+    name = re.compile(rf"\.{re.escape(path.name)}\.\d+\.tmp")  # of `write_atomic`
+    return [found for found in path.parent.glob(".*.tmp") if name.fullmatch(found.name)]
 
 
 def write_at(descriptor: int, data: bytes | memoryview, offset: int) -> None:

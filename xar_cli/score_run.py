@@ -7,6 +7,7 @@ images to the evaluate stage, and owns no step of either.
 from __future__ import annotations
 
 import itertools
+import signal
 import time
 from collections.abc import Sequence
 from functools import cached_property
@@ -23,8 +24,8 @@ from xar_cli.evaluate import Evaluator, Settings, evaluate
 from xar_cli.evaluate.images import GeneratedImages
 from xar_cli.evaluate.protocols import pick_protocol, pick_protocols
 from xar_cli.evaluate.reference import open_reference
-from xar_cli.evaluate.report import facts_of_sampling, write_report
-from xar_cli.evaluate.stage import REPORT_BYTES
+from xar_cli.evaluate.report import facts_of_sampling
+from xar_cli.evaluate.stage import REPORT_BYTES, told
 from xar_cli.evaluate.sweep import Point, Score, Steps, run_sweep
 from xar_cli.run_dir import RunDir, require_writable
 from xar_cli.sample.manifest import FREE_KEYS, make_manifest
@@ -32,6 +33,7 @@ from xar_cli.sample.network import SamplingNetwork
 from xar_cli.sample.request import build_settings, sampling_overrides
 from xar_cli.sample.settings import SampleSettings
 from xar_cli.sample.stage import batches, draw_images, expect_images, load_codec, load_network
+from xar_cli.stopping import stop_at_once
 from xar_cli.weights import open_weights
 from xar_cli.weights.ranks import open_on_all
 
@@ -82,7 +84,7 @@ def fid_of_run(settings: RunSettings) -> dict[str, Any]:
     reference = open_reference(settings.reference, settings.measure.image_size)
     if settings.report is not None:
         require_writable(settings.report, REPORT_BYTES, "the report")
-    with process_group(settings.device) as ranks:
+    with process_group(settings.device) as ranks, stop_at_once(signal.SIGTERM):
         source = _Source(settings, ranks)
         images = source.images(source.sampling)
         made = facts_of_sampling(images)
@@ -90,11 +92,7 @@ def fid_of_run(settings: RunSettings) -> dict[str, Any]:
         found = evaluate(images, reference, source.protocols, settings=measure, ranks=ranks)
         if not ranks.is_main:
             return {}
-        result = found.as_dict()
-        if settings.report is not None:
-            paths = write_report(settings.report, found, made, images, reference, measure)
-            result["report"] = {name: str(path) for name, path in paths.items()}
-        return result
+        return told(found, made, images, reference, measure, settings.report)
 
 
 def sweep_of_run(settings: SweepSettings) -> dict[str, Any]:
@@ -103,7 +101,7 @@ def sweep_of_run(settings: SweepSettings) -> dict[str, Any]:
     run = RunDir(settings.run).require()
     out = settings.out or run.root / "sweep"
     require_writable(out, 1 << 20, "the sweep")
-    with process_group(settings.device) as ranks:
+    with process_group(settings.device) as ranks, stop_at_once(signal.SIGTERM):
         source = _Source(settings, ranks)
         config = source.sampling.config
         measure = settings.measure.model_copy(update={"batch_size": config.sample.batch_size})
@@ -142,7 +140,7 @@ def sweep_of_run(settings: SweepSettings) -> dict[str, Any]:
             "reference": reference.name, "protocol": protocol, "count": source.sampling.count, "seed": settings.seed,
             "solver": config.sample.solver, **judge.identity(),
         }  # fmt: skip
-        return run_sweep(out, identity, scales, steps, score, ranks.is_main)
+        return run_sweep(out, identity, scales, steps, score, ranks)
 
 
 class _Source:

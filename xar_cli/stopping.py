@@ -29,7 +29,7 @@ def stop_between_pieces(*numbers: signal.Signals) -> Iterator[Callable[[], None]
     stop = _Stop()
     is_main_thread = threading.current_thread() is threading.main_thread()
     before = {number: signal.getsignal(number) for number in numbers if is_main_thread}
-    ours = {number: old for number, old in before.items() if old in (signal.SIG_DFL, signal.default_int_handler)}
+    ours = {number: old for number, old in before.items() if old in (signal.SIG_DFL, signal.default_int_handler, _end)}
     for number in ours:
         signal.signal(number, stop.note)
     try:
@@ -38,6 +38,22 @@ def stop_between_pieces(*numbers: signal.Signals) -> Iterator[Callable[[], None]
         for number, old in ours.items():
             signal.signal(number, old)
     stop.act()  # the work is done, but not what would have come after it
+
+
+@contextmanager
+def stop_at_once(number: signal.Signals) -> Iterator[None]:
+    """Have a signal raise wherever the work is, so that what was made for a time is removed on the way out; where the
+    work is in pieces, between two of them. What is raised, and what is left alone, is as for `stop_between_pieces`.
+    """
+    is_main_thread = threading.current_thread() is threading.main_thread()
+    ours = is_main_thread and signal.getsignal(number) == signal.SIG_DFL
+    if ours:
+        signal.signal(number, _end)
+    try:
+        yield
+    finally:
+        if ours:
+            signal.signal(number, signal.SIG_DFL)
 
 
 class _Stop:
@@ -60,5 +76,5 @@ class _Stop:
             _end(number)
 
 
-def _end(number: int) -> NoReturn:
+def _end(number: int, _: object = None) -> NoReturn:
     raise KeyboardInterrupt if number == signal.SIGINT else SystemExit(128 + number)

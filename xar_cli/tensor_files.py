@@ -7,6 +7,7 @@ a state that does not fit. Knows no model: what the names mean is the business o
 from __future__ import annotations
 
 import argparse
+import contextlib
 import ctypes
 import mmap
 import pickle
@@ -72,7 +73,7 @@ def read_safetensors(path: Path) -> tuple[State, dict[str, str]]:
 
 
 def write_safetensors(tensors: State, path: Path, metadata: Mapping[str, str] | None = None) -> None:
-    """Write contiguous tensors of the CPU; whoever may read the folder may read the file.
+    """Write contiguous tensors of the CPU, to be read by whoever may read its folder where the disk knows such modes.
 
     Raises:
         OSError: the disk is full or not writable.
@@ -81,7 +82,8 @@ def write_safetensors(tensors: State, path: Path, metadata: Mapping[str, str] | 
         save_file(tensors, path, dict(metadata) if metadata else None)
     except SafetensorError as error:  # of its own class, whatever the system says
         raise OSError(str(error)) from error
-    path.chmod(path.parent.stat().st_mode & 0o666)  # safetensors 0.8 leaves it to its owner alone
+    with contextlib.suppress(OSError):  # of exFAT, and network drives that know no modes
+        path.chmod(path.parent.stat().st_mode & 0o666)  # safetensors 0.8 leaves it to its owner alone
 
 
 def read_pickle(path: Path) -> Any:

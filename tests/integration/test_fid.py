@@ -14,7 +14,8 @@ import pytest
 from xar_cli import score_run
 from xar_cli.cli.app import main
 from xar_cli.data.digits import write_digits
-from xar_cli.evaluate import evaluation
+from xar_cli.errors import UserError
+from xar_cli.evaluate import evaluation, stage
 from xar_cli.evaluate.features import extract
 from xar_cli.sample.stage import draw_images
 
@@ -66,6 +67,23 @@ def test_json_report_and_second_time_from_the_cache(capsys, digits, tmp_path) ->
     code, out, err = xar(capsys, *command)
     assert json.loads(out)["protocols"] == result["protocols"]
     assert "in the cache" in err
+
+
+@pytest.mark.parametrize("error", [OSError(28, "No space left on device"), UserError("An image went.", "")])
+def test_a_report_that_fails_costs_no_number(capsys, digits, tmp_path, monkeypatch, error) -> None:
+    def fail(*_) -> None:
+        raise error
+
+    monkeypatch.setattr(stage, "write_report", fail)
+    code, out, err = xar(
+        capsys, "fid", "--samples", digits[1], "--reference", digits[1], "--protocol", "digits", "--no-feature-cache",
+        "--error-bars", "none", "--report", tmp_path / "report", "--json",
+    )  # fmt: skip
+    assert code == 1
+    assert json.loads(out)["protocols"]["digits"]["metrics"]["fid"]["value"] == pytest.approx(0, abs=1e-6)
+    said = " ".join(err.split())
+    assert "report' is not whole: " in said
+    assert ("No space left" in said) or ("An image went." in said)
 
 
 def test_table_names_protocol_and_count(capsys, digits) -> None:

@@ -6,7 +6,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 
 from xar_cli import stopping
-from xar_cli.stopping import stop_between_pieces
+from xar_cli.stopping import stop_at_once, stop_between_pieces
 
 BOTH = (signal.SIGINT, signal.SIGTERM)
 
@@ -45,6 +45,27 @@ def test_a_late_second_signal_acts_at_once_and_a_copy_of_the_first_does_not(numb
     with pytest.raises((KeyboardInterrupt, SystemExit)):
         work(pieces, number, asks=False)
     assert pieces == [0, 1]
+
+
+def test_around_pieces_a_signal_ends_the_work_at_once():
+    before, reached = signal.getsignal(signal.SIGTERM), []
+
+    def around():
+        with stop_at_once(signal.SIGTERM):
+            with stop_between_pieces(*BOTH) as stop:
+                stop()
+            reached.append("around")
+            signal.raise_signal(signal.SIGTERM)
+            reached.append("beyond")
+
+    with pytest.raises(SystemExit) as caught:
+        around()
+    assert (caught.value.code, reached) == (143, ["around"])
+    assert signal.getsignal(signal.SIGTERM) is before
+    pieces = []
+    with pytest.raises(SystemExit), stop_at_once(signal.SIGTERM):
+        work(pieces, signal.SIGTERM)
+    assert pieces == [0]
 
 
 def test_without_a_signal_nothing_happens():

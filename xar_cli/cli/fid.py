@@ -148,6 +148,8 @@ def fid(
         result = run("xar_cli.score_run:fid_of_run", of_run, launch)
     if result:
         typer.echo(json.dumps(result)) if as_json else _print_result(result)
+        if "report_failure" in result:
+            raise UserError(result["report_failure"], "Mend that, or give another --report.", exit_code=1)
 
 
 @app.command()

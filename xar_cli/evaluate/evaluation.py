@@ -6,7 +6,7 @@ protocol's numbers are computed stands in judge.py, what comes out in results.py
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Literal
 from weakref import WeakKeyDictionary
@@ -95,7 +95,7 @@ class Evaluator:
         ranks: who measures.
 
     Raises:
-        UserError: the reference cannot be read, or the weights of a network are missing.
+        UserError: the reference cannot be read, the weights of a network are missing, or ranks have not the same.
     """
 
     def __init__(
@@ -107,7 +107,11 @@ class Evaluator:
         ranks: Ranks = ALONE,
     ) -> None:
         self._settings, self._ranks = settings or Settings(), ranks
-        self._protocols, self._reference, self._weights = _open_inputs(reference, protocol, self._settings)
+        self._protocols, self._reference, self._weights = ranks.on_all(
+            lambda: _open_inputs(reference, protocol, self._settings)
+        )
+        _require_same(ranks, "reference", self._outline_of_reference)
+        _require_same(ranks, "network weights", lambda: str(self._weight_hashes()))
         self._work = _Extraction(self._settings, ranks)
         self._networks: dict[str, FeatureNetwork] = {}
         self._reference_tables: dict[str, FeatureTable] = {}
@@ -133,10 +137,11 @@ class Evaluator:
             On rank 0 everything; on other ranks the same with no results.
 
         Raises:
-            UserError: the samples cannot be read or do not fit; as `prepare`.
+            UserError: the samples cannot be read, do not fit, or are not the same on all ranks; as `prepare`.
         """
         settings, work = self._settings, self._work
-        opened = open_images(samples, settings.image_size)
+        opened = self._ranks.on_all(lambda: open_images(samples, settings.image_size))
+        _require_same(self._ranks, "samples", opened.outline)
         rows = spread_rows(len(opened), settings.count)
         _require_enough(opened.name, len(rows))
         size = _size_of(opened)
@@ -166,8 +171,14 @@ class Evaluator:
         digest = self._reference.content_hash
         if not digest and self._reference.images is not None:
             digest = self._work.content_hash(self._reference.images)
-        hashes = {name: digits_sha256() if found is None else found.sha256 for name, found in self._weights.items()}
-        return {"reference_sha256": digest, "network_weights": hashes}
+        return {"reference_sha256": digest, "network_weights": self._weight_hashes()}
+
+    def _weight_hashes(self) -> dict[str, str]:
+        return {name: digits_sha256() if found is None else found.sha256 for name, found in self._weights.items()}
+
+    def _outline_of_reference(self) -> str:
+        images = self._reference.images
+        return self._reference.content_hash or (images.outline() if images is not None else "")
 
     def _check_sizes(self, size: tuple[int, int] | None) -> None:
         for name in self._weights:
@@ -208,17 +219,20 @@ def make_statistics(
     """Write the statistics of real images for one protocol, with ADM's names, and return what they are of.
 
     Raises:
-        UserError: as `evaluate`, the images are generated samples, or `out` is a file that is none of ours.
+        UserError: as `Evaluator`, the images are generated samples, `out` is a file that is none of ours, or (exit code
+            1) it cannot be written.
     """
     settings = settings or Settings()
     wanted = pick_protocol(protocol)
-    opened = open_reference(images, settings.image_size).images
+    opened = ranks.on_all(lambda: open_reference(images, settings.image_size)).images
     if opened is None:
         raise UserError(f"'{images}' holds statistics already.", "Give a folder of images.")
+    _require_same(ranks, "images", opened.outline)
     if out.suffix != ".npz":
         raise UserError(f"'{out}' does not end in .npz.", "Give a file name that does.")
     require_replaceable(out)
-    weights = require_weights(wanted.network, settings.inception_weights, settings.download)
+    weights = ranks.on_all(lambda: require_weights(wanted.network, settings.inception_weights, settings.download))
+    _require_same(ranks, "network weights", lambda: "" if weights is None else weights.sha256)
     rows = spread_rows(len(opened), settings.count)
     work = _Extraction(settings, ranks)
     network = work.network(wanted.network, weights, len(rows))
@@ -229,11 +243,27 @@ def make_statistics(
         "precision": network.precision, "source": opened.name, "content_hash": work.content_hash(opened),
         "count": len(table), "image_size": table.image_size, "skipped": len(table.skipped),
     }  # fmt: skip
-    if ranks.is_main:
+
+    def write() -> None:
         layers = [layer for layer in ("pool", "spatial") if layer in table.layers]
         gaussians = {layer: table.gaussian(layer) for layer in layers}
-        write_statistics(out, gaussians, origin)
+        try:
+            write_statistics(out, gaussians, origin)
+        except OSError as error:
+            raise UserError(
+                f"'{out}' could not be written: {error.strerror}.", "Make room, or give another --out.", exit_code=1
+            ) from None
+
+    ranks.on_main(write)
     return origin
+
+
+def _require_same(ranks: Ranks, what: str, tell: Callable[[], str]) -> None:
+    """Raise a UserError on all ranks unless `tell` says the same on each: together they make one table."""
+    if ranks.world_size > 1 and len(set(ranks.gather(tell()))) > 1:
+        raise UserError(
+            f"Not all ranks have the same {what}.", "Use copies that are the same, of which none is being written."
+        )
 
 
 class _Extraction:
@@ -241,7 +271,8 @@ class _Extraction:
 
     def __init__(self, settings: Settings, ranks: Ranks) -> None:
         if settings.feature_cache is not None:
-            require_writable(settings.feature_cache, 1 << 20, "the features")
+            cache = settings.feature_cache
+            ranks.on_all(lambda: require_writable(cache, 1 << 20, "the features"))
         self.settings, self.ranks = settings, ranks
         self._hashes: WeakKeyDictionary[ImageSet, str] = WeakKeyDictionary()
 

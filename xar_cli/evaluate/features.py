@@ -6,18 +6,22 @@ each writes its own rows of the same files. Legend: N images.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import itertools
 import json
+import os
 import re
+import secrets
 import shutil
 import signal
 import tempfile
 import time
-from collections.abc import Iterator, Mapping, Sequence
+import weakref
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +30,7 @@ import numpy as np
 from xar_cli.config.schema import pixels_text, sides_text
 from xar_cli.data.images import BadImageError
 from xar_cli.device_memory import memory_for
-from xar_cli.distributed import Ranks
+from xar_cli.distributed import Ranks, Value
 from xar_cli.errors import UserError
 from xar_cli.evaluate.frechet import Gaussian
 from xar_cli.evaluate.images import FolderImages, ImageSet
@@ -34,7 +38,7 @@ from xar_cli.evaluate.metrics import moments
 from xar_cli.evaluate.networks import FeatureNetwork
 from xar_cli.hub import is_sha256
 from xar_cli.logs import log, progress
-from xar_cli.run_dir import require_writable, write_at, write_atomic, write_json
+from xar_cli.run_dir import flush, require_writable, write_at, write_atomic, write_json
 from xar_cli.stopping import stop_between_pieces
 
 TABLE_VERSION = 1
@@ -55,7 +59,6 @@ class FeatureTable:
         skipped: names of those.
         image_size: (H, W) of the first image.
         images_per_second: how fast they were computed, over all ranks; None when they came from the cache.
-        holder: keeps a temporary folder alive.
     """
 
     layers: Mapping[str, np.ndarray]
@@ -63,7 +66,6 @@ class FeatureTable:
     skipped: list[str]
     image_size: tuple[int, int]
     images_per_second: float | None
-    holder: Any = field(default=None, repr=False)
 
     def __post_init__(self) -> None:
         self._gaussians: dict[str, Gaussian] = {}
@@ -111,22 +113,23 @@ def extract(
     final = cache / key if cache is not None and images.keep_features else None
     if final is not None and ranks.on_main(lambda: _is_stored(final, network)):
         log.info(f"features of {images.name} ({network.name}) are in the cache")
-        return _open_table(final, network)
-    row_bytes = 4 * sum(network.layers.values())
-    holder, partial = _make_folder(cache, final, network, len(indices), row_bytes, ranks)
+        return _seen_by_all(ranks, final, lambda: _open_table(final, network))
+    partial = ranks.on_main(lambda: _make_folder(cache, final, network, len(indices)))
     start = time.monotonic()
     try:
+        _seen_by_all(ranks, partial, lambda: os.listdir(partial))
         outcome = _extract_rows(images, network, ranks, partial, indices, batch_size, workers, skip_bad)
         outcomes = _exchange(outcome, network, ranks)
         seconds = time.monotonic() - start
         ranks.on_main(lambda: _finish(partial, final, network, indices, outcomes, images))
+        table = _seen_by_all(ranks, final or partial, lambda: _open_table(final or partial, network))
     except BaseException:
-        if ranks.is_main and holder is None:
+        if ranks.is_main:
             shutil.rmtree(partial, ignore_errors=True)
         raise
-    table = _open_table(final or partial, network)
+    if ranks.is_main and final is None:
+        weakref.finalize(table, shutil.rmtree, partial, ignore_errors=True)
     table.images_per_second = len(indices) / max(seconds, 1e-9)
-    table.holder = holder
     return table
 
 
@@ -144,12 +147,15 @@ def content_hash_of(images: ImageSet, cache: Path | None) -> str:
     if cache is None or not isinstance(images, FolderImages):
         return images.content_hash()
     note = cache / "hashes" / images.fingerprint()
-    if note.is_file():
+    with contextlib.suppress(OSError):
         known = note.read_bytes().decode(errors="replace")
         if is_sha256(known):  # else damaged
             return known
     found = images.content_hash()
-    write_atomic(note, found)
+    try:
+        write_atomic(note, found)
+    except OSError as error:  # a full disk, or a cache that another person filled
+        log.warning(f"the content hash of {images.name} is not kept: {error.strerror}")
     return found
 
 
@@ -195,7 +201,7 @@ def _extract_rows(
                         check(item.size, int(indices[row]))
                         good.append((row, item.pixels))
                 if good:
-                    _write_rows(tables, network, good, batch_size)
+                    _write_rows(tables, network, good, min(batch_size, last - first))
                 display.update(len(rows), skipped=len(outcome.bad_rows))
     except UserError as error:
         outcome.error = error
@@ -221,9 +227,10 @@ class _RowWriter:
                 write_at(self.files[layer].fileno(), value.tobytes(), self.starts[layer] + row * value.nbytes)
 
     def close(self) -> None:
-        """Close the files; a network drive may tell only now that it is full."""
+        """Put all on the disk and close the files; a network drive may tell only now that it is full."""
         with _storing():
             for file in self.files.values():
+                os.fsync(file.fileno())
                 file.close()
 
 
@@ -249,7 +256,7 @@ def _write_rows(
     try:
         pixels = np.stack([image for _, image in good])
         short = batch_size - len(pixels)
-        if short > 0:  # one batch shape for a compiled network: repeat the last image and drop its features
+        if short > 0 and network.compiled is not None:  # one batch shape: repeat the last image and drop its features
             pixels = np.concatenate([pixels, np.repeat(pixels[-1:], short, axis=0)])
         with memory_for(work, next_step):
             features = network.features(pixels)
@@ -319,50 +326,56 @@ class _SizeCheck:
         self.size = self.size or size
 
 
-def _make_folder(
-    cache: Path | None, final: Path | None, network: FeatureNetwork, count: int, row_bytes: int, ranks: Ranks
-) -> tuple[Any, Path]:
-    """A folder with empty tables, made by rank 0; its path on every rank. Without `final` it goes with its holder."""
-    holder, path, error = None, None, None
-    if ranks.is_main:
+def _make_folder(cache: Path | None, final: Path | None, network: FeatureNetwork, count: int) -> Path:
+    """A folder with empty tables; those that have no place in the cache lie there, or in the system's temporary folder,
+    while they are used.
+    """
+    place = cache or Path(tempfile.gettempdir())
+    row_bytes = 4 * sum(network.layers.values())
+    require_writable(place, count * row_bytes + (1 << 20), "the features")
+    path = place / f".{final.name[:16] + '.' if final else 'features-'}{secrets.token_hex(4)}"
+    with _storing():
+        place.mkdir(parents=True, exist_ok=True)
+        _remove_leftovers(place)
+        path.mkdir(0o777 if final else 0o700)  # a cache may be shared, as the umask has it
         try:
-            if cache is not None:
-                cache.mkdir(parents=True, exist_ok=True)
-                _remove_leftovers(cache)
-            if final is None:
-                holder = tempfile.TemporaryDirectory(prefix=".features-", dir=cache)
-                path = Path(holder.name)
-            else:
-                path = Path(tempfile.mkdtemp(prefix=f".{final.name[:16]}.", dir=cache))
-            require_writable(path, count * row_bytes + (1 << 20), "the features")
             for layer, width in network.layers.items():
                 np.lib.format.open_memmap(path / f"{layer}.npy", "w+", np.float32, (count, width)).flush()
-        except (OSError, UserError) as caught:
-            error = caught
-    path, error = ranks.gather((path, error))[0]  # type: ignore[misc]
-    if isinstance(error, UserError):
-        raise error
-    if error is not None:
-        raise UserError(f"The features cannot be stored: {error}.", "Choose another --feature-cache.")
-    assert path is not None
-    if not path.is_dir():
-        raise UserError(
-            f"Rank {ranks.rank} does not see the folder '{path}'.",
-            "Give --feature-cache on a disk shared by all machines.",
-        )
-    return holder, path
+        except BaseException:
+            shutil.rmtree(path, ignore_errors=True)
+            raise
+    return path
 
 
-def _remove_leftovers(cache: Path) -> None:
-    """Remove the half-made tables of processes that were killed."""
-    for folder in cache.iterdir():
+def _seen_by_all(ranks: Ranks, folder: Path, look: Callable[[], Value]) -> Value:
+    """What `look` finds in a folder, on every rank; a UserError on all where one does not see it.
+
+    No rank goes on before all have looked: what is there may be removed then.
+    """
+
+    def seen() -> Value:
+        try:
+            return look()
+        except OSError as error:
+            raise UserError(
+                f"Rank {ranks.rank} does not see the features in '{folder}': {error.strerror}.",
+                "Give --feature-cache on a disk shared by all machines.",
+            ) from None
+
+    return ranks.on_all(seen)
+
+
+def _remove_leftovers(place: Path) -> None:
+    """Remove the tables that one's own processes left half made, or for a time, when they were killed."""
+    for folder in place.iterdir():
         if not HALF_MADE.fullmatch(folder.name):
             continue
         try:
+            is_ours = folder.stat().st_uid == os.getuid()
             touched = max(path.stat().st_mtime for path in (folder, *folder.iterdir()))
-        except OSError:  # its process is finishing it just now
+        except OSError:  # its process is finishing it just now, or it is private
             continue
-        if time.time() - touched > LEFTOVER_SECONDS:
+        if is_ours and time.time() - touched > LEFTOVER_SECONDS:
             shutil.rmtree(folder, ignore_errors=True)
 
 
@@ -415,8 +428,10 @@ def _complete(
                 np.lib.format.write_array_header_1_0(dense, form)
                 for row in kept:
                     dense.write(full[row].tobytes())
+            flush(folder / f"{layer}.dense.npy")
             (folder / f"{layer}.dense.npy").replace(folder / f"{layer}.npy")
     np.save(folder / "rows.npy", indices[kept])
+    flush(folder / "rows.npy")
     size = next(outcome.image_size for outcome in outcomes if outcome.image_size is not None)
     skipped = [images.item_name(int(indices[row])) for row in bad]
     write_json(folder / DONE, {"network": network.identity, "image_size": size, "skipped": skipped})
@@ -433,7 +448,8 @@ def _is_stored(folder: Path, network: FeatureNetwork) -> bool:
                 raise ValueError(f"{layer} is {values.shape}")
     except (FileNotFoundError, EOFError, KeyError, TypeError, ValueError) as error:
         log.warning(f"the features in '{folder}' are damaged and are made again ({error})")
-        shutil.rmtree(folder)
+        with _storing():
+            shutil.rmtree(folder)
         return False
     except OSError as error:  # they may be whole
         raise UserError(

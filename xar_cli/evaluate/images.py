@@ -11,7 +11,7 @@ import json
 import os
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -76,6 +76,10 @@ class ImageSet(ABC):
     @abstractmethod
     def content_hash(self) -> str:
         """sha256 (hex) of what the images are, wherever they lie."""
+
+    @abstractmethod
+    def outline(self) -> str:
+        """What tells these images from others before they are read, wherever they lie."""
 
     def load_many(self, indices: Sequence[int]) -> list[np.ndarray]:
         """Several images; a generator draws them together."""
@@ -171,14 +175,30 @@ class FolderImages(ImageSet):
             digest.update(_hash_of_file(path))
         return digest.hexdigest()
 
+    def outline(self) -> str:
+        """sha256 over the relative names and the sizes of all files, and the crop."""
+        digest = hashlib.sha256(f"crop {self.image_size}\n".encode())
+        for path, status in self._statuses():
+            told = status.st_size if status else "unreadable"
+            digest.update(f"{path.relative_to(self.root)}\0{told}\n".encode(errors="surrogateescape"))
+        return digest.hexdigest()
+
     def fingerprint(self) -> str:
-        """sha256 over names, sizes and times of change: while it stays the same, so does the content hash."""
+        """sha256 over what the system tells of the files: while it stays the same, so does the content hash.
+
+        `tar`, `rsync` and `cp -p` set the time of modification, and images of one size may have files of one length;
+        the time of change and the number of a file nobody sets.
+        """
         digest = hashlib.sha256(f"{self.root.absolute()}\ncrop {self.image_size}\n".encode())
-        for path in self.files:
-            status = path.stat() if os.access(path, os.R_OK) else None
-            told = f"{status.st_size}\0{status.st_mtime_ns}" if status else "unreadable"
+        for path, status in self._statuses():
+            told = (status.st_size, status.st_mtime_ns, status.st_ctime_ns, status.st_ino) if status else "unreadable"
             digest.update(f"{path}\0{told}\n".encode(errors="surrogateescape"))
         return digest.hexdigest()
+
+    def _statuses(self) -> Iterator[tuple[Path, os.stat_result | None]]:
+        """What the system tells of each file; nothing of one that cannot be read."""
+        for path in self.files:
+            yield path, path.stat() if os.access(path, os.R_OK) else None
 
     def item_name(self, index: int) -> str:
         """The path of the file."""
@@ -240,6 +260,10 @@ class ArrayImages(ImageSet):
             digest.update(np.ascontiguousarray(self._rows(slice(start, start + HASH_BLOCK))).tobytes())
         return digest.hexdigest()
 
+    def outline(self) -> str:
+        """Their shape."""
+        return str(tuple(self.images.shape))
+
     def _rows(self, rows: int | slice) -> np.ndarray:
         try:
             return np.asarray(self.images[rows])
@@ -292,6 +316,10 @@ class GeneratedImages(ImageSet):
     def content_hash(self) -> str:
         """sha256 over the identity and the labels."""
         return hashlib.sha256(self.identity.encode() + self._asked.tobytes()).hexdigest()
+
+    def outline(self) -> str:
+        """All that they depend on."""
+        return self.content_hash()
 
 
 def checked_labels(labels: Any, name: str, class_names: Sequence[str] | None = None) -> np.ndarray:
@@ -423,13 +451,13 @@ def manifest_of_npz(path: Path, arrays: Mapping[str, np.ndarray]) -> Mapping[str
     """The manifest of samples that `xar sample` packed: it lies beside the file, and its labels are the file's.
 
     Raises:
-        UserError: the manifest is damaged.
+        UserError: the manifest is damaged, or cannot be read.
     """
     labels, beside = arrays.get("arr_1"), path.parent / MANIFEST
     if labels is None or labels.ndim != 1 or not beside.is_file():
         return None
     try:
-        manifest = _checked_manifest(json.loads(beside.read_text(encoding="utf-8")), beside)
+        manifest = _checked_manifest(json.loads(_read(beside)), beside)
     except ValueError:  # another program's file
         return None
     if manifest is None:
@@ -464,10 +492,17 @@ def _read_manifest(root: Path) -> Mapping[str, Any] | None:
     if not path.is_file():
         return None
     try:
-        manifest = json.loads(path.read_text(encoding="utf-8"))
+        manifest = json.loads(_read(path))
     except ValueError as error:
         raise UserError(f"'{path}' is not JSON ({error}).", "Sample again, or remove that file.") from None
     return _checked_manifest(manifest, path)
+
+
+def _read(path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise UserError(f"'{path}' cannot be read: {error.strerror}.", "Mend its permissions or disk.") from None
 
 
 def _checked_manifest(manifest: Any, path: Path) -> Mapping[str, Any] | None:
@@ -477,7 +512,17 @@ def _checked_manifest(manifest: Any, path: Path) -> Mapping[str, Any] | None:
     for key, kind in {"labels": list, "class_names": list, "config": dict, "evaluations": dict}.items():
         if not isinstance(manifest.get(key), kind | None):
             raise UserError(f"'{path}' is damaged: '{key}' is no {kind.__name__}.", "Sample again into a new folder.")
+    data, size = (manifest.get("config") or {}).get("data"), manifest.get("image_size")
+    if not isinstance(data, dict | None) or not (size is None or is_size(size)):
+        wrong = "image_size" if isinstance(data, dict | None) else "config"
+        raise UserError(f"'{path}' is damaged: '{wrong}' is not as it was written.", "Sample again into a new folder.")
     return manifest
+
+
+def is_size(value: Any) -> bool:
+    """Whether a value of a JSON file is the side of an image, or height and width."""
+    sides = value if isinstance(value, list) else [value, value]
+    return len(sides) == 2 and all(type(side) is int and side > 0 for side in sides)
 
 
 def _has_classes(manifest: Mapping[str, Any]) -> bool:

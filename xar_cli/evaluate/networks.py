@@ -6,7 +6,7 @@ Legend: B images.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import ClassVar, Literal
 
@@ -37,6 +37,7 @@ class FeatureNetwork:
         published: whether those are the published ones.
         input_size: (H, W) that images must have, or None for any.
         mixes_sizes: whether images of several sizes can go through, because each is resized alone.
+        compiled: what runs in its place where it is compiled, for batches of one shape; else None.
     """
 
     name: str
@@ -44,6 +45,7 @@ class FeatureNetwork:
     layers: ClassVar[Mapping[str, int]]
     input_size: tuple[int, int] | None = None
     mixes_sizes = False
+    compiled: Callable[[Tensor], Sequence[Tensor]] | None = None
 
     def __init__(self, weights_sha256: str, published: bool, device: torch.device, precision: Precision) -> None:
         self.weights_sha256, self.published = weights_sha256, published

@@ -18,7 +18,7 @@ from xar_cli.config.schema import Sides
 from xar_cli.data.images import printable
 from xar_cli.errors import UserError
 from xar_cli.evaluate.frechet import Gaussian
-from xar_cli.evaluate.images import ArrayImages, ImageSet, manifest_of_npz, open_images, require_size
+from xar_cli.evaluate.images import ArrayImages, ImageSet, is_size, manifest_of_npz, open_images, require_size
 from xar_cli.evaluate.networks import INCEPTION, FeatureNetwork
 from xar_cli.evaluate.npz import IMAGES, read_npz
 from xar_cli.hub import sha256_of
@@ -97,7 +97,8 @@ def open_reference(source: Path | ImageSet | Reference, image_size: Sides | None
 
     Raises:
         UserError: none of these; samples given as reference; an array of another size than `image_size`; statistics
-            that are not finite, not square, or not symmetric.
+            that are not finite, not square, not symmetric or have negative eigenvalues, whose own description is
+            damaged or which are of another version.
     """
     if isinstance(source, Reference):
         return source
@@ -185,15 +186,20 @@ def _read_origin(path: Path, text: np.ndarray) -> Mapping[str, Any]:
             f"{STATISTICS_VERSION}.",
             "Make it again with this version of xar.",
         )
-    kinds = {"network": str, "weights_sha256": str, "count": int, "image_size": list | None}
-    wrong = [key for key, kind in kinds.items() if key in origin and not isinstance(origin[key], kind)]
-    if wrong or len(origin.get("image_size") or (0, 0)) != 2:
-        raise UserError(f"'{path}' is damaged: '{(wrong or ['image_size'])[0]}' is not as it was written.", MAKE_AGAIN)
+    kinds = {"network": str, "weights_sha256": str, "count": int}
+    wrong = [key for key, kind in kinds.items() if type(origin.get(key, kind())) is not kind]
+    size = origin.get("image_size")
+    if size is not None and not (isinstance(size, list) and is_size(size)):
+        wrong.append("image_size")
+    if wrong:
+        raise UserError(f"'{path}' is damaged: '{wrong[0]}' is not as it was written.", MAKE_AGAIN)
     return origin
 
 
 def _checked_gaussian(path: Path, arrays: Mapping[str, np.ndarray], suffix: str) -> Gaussian:
     mu, sigma = arrays["mu" + suffix], arrays["sigma" + suffix]
+    if sigma.dtype == np.longdouble:
+        sigma = sigma.astype(np.float64)  # what it is computed with; LAPACK knows no wider one
     fault = None
     if mu.ndim != 1 or not len(mu) or sigma.shape != (len(mu), len(mu)):
         fault = f"shapes {mu.shape} and {sigma.shape} do not belong together"

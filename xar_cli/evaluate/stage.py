@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import signal
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -9,13 +11,15 @@ from xar_cli.config.schema import Section
 from xar_cli.distributed import process_group
 from xar_cli.errors import UserError
 from xar_cli.evaluate.evaluation import Settings, evaluate, make_statistics
-from xar_cli.evaluate.images import open_images
+from xar_cli.evaluate.images import ImageSet, open_images
 from xar_cli.evaluate.networks import DIGITS
 from xar_cli.evaluate.protocols import PROTOCOLS, pick_protocol, pick_protocols
-from xar_cli.evaluate.reference import open_reference
+from xar_cli.evaluate.reference import Reference, open_reference
 from xar_cli.evaluate.report import facts_of_sampling, write_report
+from xar_cli.evaluate.results import Evaluation
 from xar_cli.evaluate.weights import PUBLISHED, find_weights
 from xar_cli.run_dir import require_possible, require_writable
+from xar_cli.stopping import stop_at_once
 
 REPORT_BYTES = 20_000_000
 
@@ -54,18 +58,34 @@ def fid(settings: FidSettings) -> dict[str, Any]:
     pick_protocols(settings.protocols)  # a wrong name is told before folders are read
     if settings.report is not None:
         require_writable(settings.report, REPORT_BYTES, "the report")
-    with process_group(settings.device) as ranks:
-        samples = open_images(settings.samples, settings.measure.image_size)
+    with process_group(settings.device) as ranks, stop_at_once(signal.SIGTERM):
+        samples = ranks.on_all(lambda: open_images(settings.samples, settings.measure.image_size))
         made = facts_of_sampling(samples)
-        reference = open_reference(settings.reference, settings.measure.image_size)
+        reference = ranks.on_all(lambda: open_reference(settings.reference, settings.measure.image_size))
         found = evaluate(samples, reference, settings.protocols, settings=settings.measure, ranks=ranks)
         if not ranks.is_main:
             return {}
-        result = found.as_dict()
-        if settings.report is not None:
-            paths = write_report(settings.report, found, made, samples, reference, settings.measure)
-            result["report"] = {name: str(path) for name, path in paths.items()}
+        return told(found, made, samples, reference, settings.measure, settings.report)
+
+
+def told(
+    found: Evaluation,
+    made: Mapping[str, Any],
+    samples: ImageSet,
+    reference: Reference,
+    measure: Settings,
+    report: Path | None,
+) -> dict[str, Any]:
+    """What `--json` prints, with the report written where one is asked for; one that fails costs no number."""
+    result = found.as_dict()
+    if report is None:
         return result
+    try:
+        paths = write_report(report, found, made, samples, reference, measure)
+    except (OSError, UserError) as error:
+        reason = f"{error.strerror}." if isinstance(error, OSError) else str(error)
+        return {**result, "report_failure": f"The report in '{report}' is not whole: {reason}"}
+    return {**result, "report": {name: str(path) for name, path in paths.items()}}
 
 
 def statistics(settings: StatisticsSettings) -> dict[str, Any]:
@@ -73,7 +93,7 @@ def statistics(settings: StatisticsSettings) -> dict[str, Any]:
     pick_protocol(settings.protocol)
     require_possible(settings.out)
     require_writable(settings.out.parent, 1 << 27, "the statistics")
-    with process_group(settings.device) as ranks:
+    with process_group(settings.device) as ranks, stop_at_once(signal.SIGTERM):
         origin = make_statistics(
             settings.images, settings.out, settings.protocol, settings=settings.measure, ranks=ranks
         )

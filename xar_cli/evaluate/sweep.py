@@ -14,7 +14,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from xar_cli.distributed import Ranks
 from xar_cli.errors import UserError
+from xar_cli.evaluate.evaluation import ALONE
 from xar_cli.evaluate.report import show_number
 from xar_cli.logs import MetricsWriter, log, read_metrics
 from xar_cli.run_dir import write_atomic, write_json
@@ -99,9 +101,9 @@ def run_sweep(
     guidance_scales: Sequence[float],
     step_counts: Sequence[Steps],
     score: Callable[[Point], Score | None],
-    is_main: bool = True,
+    ranks: Ranks = ALONE,
 ) -> dict[str, Any]:
-    """Score every combination that is not scored yet; every rank calls this, rank 0 writes.
+    """Score every combination that is not scored yet; every rank calls this, rank 0 reads and writes.
 
     Args:
         out: folder of the sweep; holds one line a point, so that a stopped sweep goes on.
@@ -109,6 +111,7 @@ def run_sweep(
             sweep of an older version does not tell is taken to be the same. Where both tell the `reference_sha256`,
             `reference` may be another path.
         score: draws and scores a point; None on ranks other than 0.
+        ranks: who scores.
 
     Returns:
         What `--json` prints: the points, the best, the paths. Empty on other ranks.
@@ -119,14 +122,12 @@ def run_sweep(
     wanted = [Point(scale, steps) for scale, steps in itertools.product(guidance_scales, step_counts)]
     if not wanted:
         raise UserError("The sweep has no point.", "Give --guidance-scale and --num-steps.")
-    done = {found.point: found for found in read_scores(out)}
-    if done:  # a sweep that failed before its first point binds nobody
-        _check_identity(out, identity)
+    done = ranks.on_main(lambda: _scores_to_go_on_from(out, identity))
     missing = [point for point in wanted if point not in done]
-    if is_main:
+    if ranks.is_main:
         write_json(out / IDENTITY_FILE, identity)
         log.info(f"{len(wanted) - len(missing)} of {len(wanted)} points are done already")
-    writer = MetricsWriter(out / POINTS_FILE) if is_main else None
+    writer = MetricsWriter(out / POINTS_FILE) if ranks.is_main else None
     try:
         for number, point in enumerate(missing, 1):
             log.info(f"point {number} of {len(missing)}: {point}")
@@ -138,7 +139,14 @@ def run_sweep(
     finally:
         if writer is not None:
             writer.close()
-    return summary(out, [done[point] for point in wanted]) if is_main else {}
+    return summary(out, [done[point] for point in wanted]) if ranks.is_main else {}
+
+
+def _scores_to_go_on_from(out: Path, identity: Mapping[str, Any]) -> dict[Point, Score]:
+    done = {found.point: found for found in read_scores(out)}
+    if done:  # a sweep that failed before its first point binds nobody
+        _check_identity(out, identity)
+    return done
 
 
 def summary(out: Path, scores: Sequence[Score]) -> dict[str, Any]:

@@ -95,7 +95,7 @@ def find_weights(network: str, given: Sequence[Path] = (), download: bool = Fals
     Raises:
         UserError: none found, a given file is missing, or one in torch.hub's folder is damaged.
     """
-    file = PUBLISHED[network]
+    file, passed_over = PUBLISHED[network], []
     for path in given:
         if not is_file(path):
             raise UserError(f"There is no weights file '{path}'.", f"Check {file.option}.")
@@ -104,11 +104,13 @@ def find_weights(network: str, given: Sequence[Path] = (), download: bool = Fals
             if digest != file.sha256:
                 log.warning(f"'{path}' is not the published {file.filename}: its numbers compare with no others")
             return Weights(path, digest, digest == file.sha256)
+        passed_over.append(f"'{path}'")
     path = file.cached_path
     if not path.is_file():
         if not download:
             raise UserError(
-                f"The weights '{file.filename}' ({format_bytes(file.size)}) are not here.",
+                f"The weights '{file.filename}' ({format_bytes(file.size)}) are not here"
+                + (f", and {file.option} names others: {', '.join(passed_over)}." if passed_over else "."),
                 f"Give the file with {file.option}, or let it be fetched from {file.url} with --download.",
             )
         fetch(file)
@@ -139,8 +141,9 @@ def fetch(file: PublishedWeights) -> Path:
 
 
 def is_torchscript(path: Path) -> bool:
-    """Whether a file is a TorchScript archive: a zip that carries code."""
-    if not zipfile.is_zipfile(path):
+    """Whether a file is a TorchScript archive: a zip that carries code. A damaged one is none."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            return any("/code/" in name for name in archive.namelist())
+    except zipfile.BadZipFile:
         return False
-    with zipfile.ZipFile(path) as archive:
-        return any("/code/" in name for name in archive.namelist())

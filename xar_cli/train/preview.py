@@ -169,7 +169,7 @@ class Preview:
             pixels = self._draw(network, list(indices), interrupt).transpose(0, 2, 3, 1)
             return np.broadcast_to(pixels, (*pixels.shape[:3], 3))
 
-        identity = f"{self._run.root.resolve()} step {state.step} {self._config.sample}"
+        identity = f"step {state.step} {self._config.sample}"  # features are not kept
         manifest = {"image_size": self._config.data.image_size, "config": self._config.model_dump(mode="json")}
         images = GeneratedImages(
             f"{count} images of step {state.step}", labels, draw, identity, self._class_names, manifest,

@@ -5,8 +5,8 @@
 `source` is a file, a run or checkpoint folder, or `hf://owner/repo/file[@revision]`; `model` is an `XAR` in
 eval mode on the device; `weights` is a `WeightsFile` with `.config` (the recipe that was given, stored or
 found by shape), `.kind`, `.epoch`, `.step`, `.class_names` and `.sha256` (of the file; reads it when first
-asked). `open_weights` gives the same `weights` without loading the tensors (it reads a file of a
-checkpoint once, for its checksum). Every fault is a UserError, and nothing in a file can run.
+asked). `open_weights` gives the same `weights` without loading the tensors (of a checkpoint it reads
+the averages, or the raw weights, once for their checksums). Every fault is a UserError, and nothing in a file can run.
 """
 
 from xar_cli.weights.export import export_weights

@@ -50,6 +50,8 @@ def model_card(weights: WeightsFile, repo: str, results: Sequence[Mapping[str, A
     parameters = num_parameters(config) / 1e6
     source = f"hf://{repo}/{WEIGHTS_NAME}"
     tokenizer = " --tokenizer-weights kl16.ckpt" if config.tokenizer.kind == "kl16" else ""
+    classes = f"{config.data.num_classes} classes" if config.data.num_classes else "no classes"
+    one_class = " --class 0" if config.data.num_classes else ""
     taken = [f"{key} {value}" for key, value in (("epoch", weights.epoch), ("step", weights.step)) if value is not None]
     entity = ", ".join(str(value) for value in config.entity.model_dump().values())
     front = [
@@ -59,18 +61,18 @@ def model_card(weights: WeightsFile, repo: str, results: Sequence[Mapping[str, A
         *([f"license: {licence}"] if licence else []),
         "---",
     ]
-    ours = weights.stored is not None and weights.kind != "unstated"
+    ours = weights.step is not None  # our runs tell steps; the original's checkpoints epochs
     body = [
         f"# {repo.partition('/')[2]}",
         "",
         f"An xAR image generator (arXiv 2502.20388){', trained with `xar`' if ours else ''} on {config.data.dataset}: "
         f"{parameters:.1f} M parameters, {config.data.size_text}, "
-        f"{config.data.num_classes} classes, recipe `{config.name}`, entity {entity}.",
+        f"{classes}, recipe `{config.name}`, entity {entity}.",
         f"The weights are {_KINDS[weights.kind]}" + (f", taken at {', '.join(taken)}." if taken else "."),
         "",
         "## Use",
         "```",
-        f"xar sample --weights {source}{tokenizer} --class 0 --count 16 --out samples",
+        f"xar sample --weights {source}{tokenizer}{one_class} --count 16 --out samples",
         f"xar weights info {source}",
         "```",
         f"The recipe stands in `recipe.yaml` and inside `{WEIGHTS_NAME}`. "

@@ -20,7 +20,7 @@ from xar_cli.errors import UserError
 from xar_cli.lock import JobLock
 from xar_cli.run_dir import flush, is_there, require_writable, temporary_files
 from xar_cli.tensor_files import State, write_safetensors
-from xar_cli.weights.files import FORMAT, VERSION, WeightsFile
+from xar_cli.weights.files import FORMAT, VERSION, WeightsFile, is_checkpoint
 from xar_cli.weights.fit import Layout
 from xar_cli.weights.published import from_published, to_published
 
@@ -91,7 +91,7 @@ def _require_place(out: Path, source: Path) -> None:
             raise UserError(f"'{out}' is a folder.", "Give the name of a file.")
         if out.samefile(source):
             raise UserError(f"'{out}' is the file that the weights are read from.", "Write to another file.")
-    if is_there(out.parent / STATE_FILE):
+    if is_checkpoint(out.parent):
         raise UserError(
             f"'{out}' would lie in a checkpoint, with a {STATE_FILE} beside it.",
             "Write it outside the run's checkpoints.",

@@ -8,6 +8,7 @@ loading with the memory of the weights alone. Names are published.py's business,
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from functools import cached_property
@@ -139,7 +140,7 @@ def load_weights(
 def open_weights(source: str | Path, config: Config | None = None, *, ema: bool = True) -> WeightsFile:
     """Open a source of weights and match it with its recipe, without loading the tensors.
 
-    A file in a checkpoint is read once, for its checksum.
+    Of a run or a checkpoint, the averages or the raw weights are read once, for their checksums; of a file in one, it.
 
     Args: as `load_weights`.
 
@@ -171,9 +172,7 @@ def find_weights(source: str | Path, *, ema: bool = True) -> FoundWeights:
         try:
             return _find_in_checkpoint(str(source), require_checkpoint(RunDir(path), files).folder, ema)
         except FileNotFoundError:  # the run trains, and keeps its newest few checkpoints
-            raise UserError(
-                f"A checkpoint of '{source}' was removed while it was opened.", "Run the command again.", exit_code=1
-            ) from None
+            raise removed(str(source)) from None
     for file in (path, path.resolve()):  # a link to a file in a checkpoint is that file
         if _is_in_checkpoint(file):
             require_whole(file.parent, file.name)
@@ -187,6 +186,13 @@ def find_weights(source: str | Path, *, ema: bool = True) -> FoundWeights:
     state, kind, epoch = _choose_set(content, ema, name)
     layout = layout_of(state, name)
     return FoundWeights(source=str(source), path=path, layout=layout, kind=kind, stored=None, state=state, epoch=epoch)
+
+
+def removed(source: str) -> UserError:
+    """What to say of a run that has removed a checkpoint meanwhile."""
+    return UserError(
+        f"A checkpoint of '{source}' was removed while it was opened.", "Run the command again.", exit_code=1
+    )
 
 
 def _choose_set(content: Any, ema: bool, name: str) -> tuple[Mapping[str, Tensor], Kind, int | None]:
@@ -275,7 +281,17 @@ def _is_in_checkpoint(file: Path) -> bool:
     except (FileNotFoundError, NotADirectoryError, KeyError, TypeError):  # there is none, or it is another program's
         return False
     except (OSError, ValueError):  # `require_whole` says what is wrong with it
-        return True
+        return is_checkpoint(file.parent)
+
+
+def is_checkpoint(folder: Path) -> bool:
+    """Whether a folder is a checkpoint: its state names files or, where that cannot be read, it is called like one."""
+    try:
+        return "files" in _read_state(folder)
+    except (FileNotFoundError, NotADirectoryError, TypeError):
+        return False
+    except (OSError, ValueError):
+        return re.fullmatch(r"step-\d+", folder.resolve().name) is not None
 
 
 def _read_state(folder: Path) -> dict[str, Any]:

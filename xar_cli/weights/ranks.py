@@ -8,7 +8,7 @@ from pathlib import Path
 from xar_cli.distributed import Ranks
 from xar_cli.errors import UserError
 from xar_cli.run_dir import RunDir
-from xar_cli.weights.files import WeightsFile, find_weights
+from xar_cli.weights.files import WeightsFile, find_weights, removed
 
 
 def open_on_all(
@@ -28,7 +28,16 @@ def open_on_all(
         UserError: as `open_here` on any rank, the file cannot be read, or it is not the same on all machines.
     """
     newest = ranks.on_main(lambda: _newest_file(source, ema))
-    found = ranks.on_all(lambda: open_here(newest or source))
+
+    def opened() -> WeightsFile:
+        try:
+            return open_here(newest or source)
+        except (UserError, FileNotFoundError):
+            if newest is None or Path(newest).exists():
+                raise
+            raise removed(source) from None
+
+    found = ranks.on_all(opened)
     hashes = ranks.gather(ranks.on_all(lambda: _sha256(found) if ranks.local_rank == 0 else None))
     if len({digest for digest in hashes if digest}) > 1:
         raise UserError(

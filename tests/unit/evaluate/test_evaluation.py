@@ -3,24 +3,33 @@
 from __future__ import annotations
 
 import errno
+import gc
 import hashlib
 import json
 import os
+import shutil
 import signal
+import tempfile
+import threading
+import time
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import get_args
 
 import numpy as np
 import pytest
 from PIL import Image
 
-from tests.unit.evaluate.conftest import make_images, write_folder
+from tests.thread_ranks import thread_ranks
+from tests.unit.evaluate.conftest import FakeInception, make_images, write_folder
 from xar_cli.config.schema import ProtocolName
 from xar_cli.errors import UserError
-from xar_cli.evaluate import Evaluator, Settings, evaluate, features, make_statistics
+from xar_cli.evaluate import Evaluator, Settings, evaluate, evaluation, features, make_statistics, reference, stage
 from xar_cli.evaluate.images import ArrayImages, GeneratedImages
+from xar_cli.evaluate.judge import Judge
 from xar_cli.evaluate.protocols import PROTOCOLS, counted, pick_protocols
 from xar_cli.evaluate.reference import open_reference
+from xar_cli.evaluate.weights import Weights
 
 QUICK = Settings(error_bars="none", batch_size=4)
 
@@ -37,8 +46,7 @@ def test_features_are_extracted_once_per_network(folders, fake_networks) -> None
     found = evaluate(*folders, "adm,torch-fidelity", settings=QUICK)
     assert list(found.results) == ["adm", "torch-fidelity"]
     assert list(fake_networks) == ["inception"]
-    # 22 and 30 images in batches of 4, the last one filled up.
-    assert fake_networks["inception"].images_seen == 24 + 32
+    assert fake_networks["inception"].images_seen == 22 + 30
     assert found.results["adm"].metrics["fid"].value == found.results["torch-fidelity"].metrics["fid"].value
 
 
@@ -48,7 +56,7 @@ def test_one_evaluator_judges_many_sets_by_features_computed_once(folders, fake_
     fake_networks.clear()
     judge = Evaluator(folders[1], "adm", settings=QUICK)
     found = [judge.evaluate(one).as_dict() for one in samples]
-    assert fake_networks["inception"].images_seen == 24 + 32 + 24
+    assert fake_networks["inception"].images_seen == 22 + 30 + 22
     for one in (*alone, *found):
         for side in ("samples", "reference"):
             assert one[side].pop("images_per_second") > 0
@@ -63,6 +71,117 @@ def test_sets_that_come_and_go_keep_their_own_hash(folders, fake_networks) -> No
         return judge.evaluate(ArrayImages(make_images(22, brightness=brightness), "some")).samples.sha256
 
     assert len({sha256(brightness) for brightness in (1, 0.9, 0.8, 0.7)}) == 4
+
+
+def by_two_ranks(work):
+    """What `work`, given its ranks, returns on each of two."""
+    with ThreadPoolExecutor(2) as pool:
+        return [future.result() for future in [pool.submit(work, ranks) for ranks in thread_ranks(2)]]
+
+
+def test_two_ranks_give_the_numbers_of_one_and_fill_one_cache(folders, fake_networks, tmp_path) -> None:
+    settings = QUICK.model_copy(update={"feature_cache": tmp_path / "cache"})
+    alone = evaluate(*folders, "adm", settings=QUICK)
+    two = by_two_ranks(lambda ranks: evaluate(*folders, "adm", settings=settings, ranks=ranks))
+    for key, metric in alone.first.metrics.items():
+        assert two[0].first.metrics[key].value == pytest.approx(metric.value, rel=1e-6)
+    assert not two[1].results
+    assert evaluate(*folders, "adm", settings=settings).first.metrics == two[0].first.metrics
+    assert fake_networks["inception"].images_seen == 0
+
+
+@pytest.mark.parametrize("change", ["less", "longer"])
+@pytest.mark.parametrize("side", ["samples", "reference"])
+def test_ranks_that_see_other_images_are_refused(folders, fake_networks, tmp_path, side, change) -> None:
+    index = ("samples", "reference").index(side)
+    copy = shutil.copytree(folders[index], tmp_path / "copy")
+    if change == "less":
+        (copy / "000021.png").unlink()
+    else:
+        (copy / "000021.png").write_bytes((copy / "000021.png").read_bytes() + b"?")
+    of_rank = [folders, [copy if place == index else path for place, path in enumerate(folders)]]
+
+    def work(ranks):
+        with pytest.raises(UserError, match=f"Not all ranks have the same {side}.") as caught:
+            evaluate(*of_rank[ranks.rank], "adm", settings=QUICK, ranks=ranks)
+        assert "of which none is being written" in caught.value.next_step
+
+    by_two_ranks(work)
+    assert all(network.images_seen == 0 for network in fake_networks.values())
+
+
+def test_ranks_that_draw_other_images_or_have_other_weights_are_refused(folders, tmp_path, monkeypatch) -> None:
+    def drawn(ranks):
+        images = GeneratedImages("some", np.zeros(4), lambda indices: make_images(len(indices)), f"seed {ranks.rank}")
+        with pytest.raises(UserError, match="the same samples"):
+            evaluate(images, folders[1], "adm", settings=QUICK, ranks=ranks)
+
+    def weighed(ranks):
+        given = QUICK.model_copy(update={"inception_weights": (ranks.rank,)})
+        for measure in (
+            lambda: evaluate(*folders, "adm", settings=given, ranks=ranks),
+            lambda: make_statistics(folders[1], tmp_path / "s.npz", "adm", settings=given, ranks=ranks),
+        ):
+            with pytest.raises(UserError, match="the same network weights"):
+                measure()
+
+    by_two_ranks(drawn)
+    monkeypatch.setattr(evaluation, "require_weights", lambda _, given, __: Weights(Path("w"), str(given[0]), False))
+    by_two_ranks(weighed)
+
+
+def test_statistics_of_ranks_that_see_other_images_are_refused(folders, tmp_path) -> None:
+    def work(ranks):
+        with pytest.raises(UserError, match="the same images"):
+            make_statistics(folders[ranks.rank], tmp_path / "s.npz", "adm", settings=QUICK, ranks=ranks)
+
+    by_two_ranks(work)
+
+
+@pytest.mark.parametrize("cached", [False, True])
+def test_a_folder_that_one_rank_does_not_see_is_a_sentence_on_both(
+    folders, fake_networks, tmp_path, monkeypatch, cached
+) -> None:
+    """As a preview evaluates: whatever the ranks say to each other stays in pairs."""
+    cache, here = tmp_path / "cache", threading.local()
+    settings = QUICK.model_copy(update={"feature_cache": cache})
+    place, name = (features, "_open_table") if cached else (os, "listdir")
+    if cached:
+        evaluate(*folders, "adm", settings=settings)
+
+    real = getattr(place, name)
+
+    def look(*arguments):
+        if getattr(here, "rank", 0) == 1:
+            raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT))
+        return real(*arguments)
+
+    def work(ranks) -> None:
+        here.rank = ranks.rank
+        with pytest.raises(UserError, match=r"Rank 1 does not see the features in .*: No such file") as caught:
+            ranks.on_all(lambda: evaluate(*folders, "adm", settings=settings, ranks=ranks))
+        assert "on a disk shared by all machines" in caught.value.next_step
+
+    monkeypatch.setattr(place, name, look)
+    by_two_ranks(work)
+    assert fake_networks["inception"].images_seen == 0
+    assert not list(cache.glob(".*"))
+
+
+def test_a_table_for_a_time_stays_until_all_ranks_have_opened_it(folders, monkeypatch) -> None:
+    here = threading.local()
+
+    def late(*arguments, real=features._open_table):
+        if here.rank == 1:
+            time.sleep(0.2)
+        return real(*arguments)
+
+    def work(ranks) -> int:
+        here.rank = ranks.rank
+        return evaluate(*folders, "adm", settings=QUICK, ranks=ranks).samples.count
+
+    monkeypatch.setattr(features, "_open_table", late)
+    assert by_two_ranks(work) == [22, 22]
 
 
 def test_ctrl_c_never_breaks_into_the_handing_over_of_images(folders, monkeypatch) -> None:
@@ -100,6 +219,32 @@ def test_sigterm_leaves_no_half_made_table_in_the_cache(folders, tmp_path, monke
     assert not list((tmp_path / "cache").glob(".*"))
 
 
+@pytest.mark.parametrize("command", ["fid", "statistics"])
+def test_sigterm_while_numbers_are_computed_leaves_no_tables(folders, tmp_path, monkeypatch, command) -> None:
+    place, there = tmp_path / "temporary", []
+    place.mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(place))
+
+    def stopped(*_) -> None:
+        there.append(len(list(place.iterdir())))
+        signal.raise_signal(signal.SIGTERM)
+
+    monkeypatch.setattr(Judge, "result", stopped)
+    monkeypatch.setattr(evaluation, "write_statistics", stopped)
+    settings = {
+        "fid": stage.FidSettings(samples=folders[0], reference=folders[1], protocols=("adm",), measure=QUICK),
+        "statistics": stage.StatisticsSettings(
+            images=folders[1], out=tmp_path / "out.npz", protocol="adm", measure=QUICK
+        ),
+    }
+    with pytest.raises(SystemExit) as caught:
+        getattr(stage, command)(settings[command].model_copy(update={"device": "cpu"}))
+    assert (caught.value.code, there) == (143, [2 if command == "fid" else 1])
+    del caught  # and what its frames hold, as at the end of a process
+    gc.collect()
+    assert not list(place.iterdir())
+
+
 def test_half_made_tables_of_killed_processes_go_after_a_day(folders, tmp_path) -> None:
     cache = tmp_path / "cache"
     old = [cache / name for name in (".0123456789abcdef.abcd_123", ".features-abcd_123", ".notes", ".0123.backup")]
@@ -113,6 +258,24 @@ def test_half_made_tables_of_killed_processes_go_after_a_day(folders, tmp_path) 
             os.utime(folder, (0, 0))
     evaluate(*folders, "adm", settings=QUICK.model_copy(update={"feature_cache": cache}))
     assert sorted(cache.glob(".*")) == sorted((*old[2:], busy, fresh))
+
+
+@pytest.mark.parametrize("whose", ["ours", "another's"])
+def test_tables_for_a_time_of_killed_processes_go_after_a_day_too(folders, tmp_path, monkeypatch, whose) -> None:
+    place = tmp_path / "temporary"
+    monkeypatch.setattr(tempfile, "tempdir", str(place))
+    old = place / ".features-abcd_123"
+    old.mkdir(parents=True)
+    os.utime(old, (0, 0))
+    if whose != "ours":
+        monkeypatch.setattr(os, "getuid", lambda: old.stat().st_uid + 1)
+    found = evaluate(*folders, "adm", settings=QUICK)
+    tables = [path for path in place.iterdir() if path != old]
+    assert old.exists() == (whose != "ours")
+    assert [path.stat().st_mode & 0o777 for path in tables] == [0o700, 0o700]
+    del found
+    gc.collect()
+    assert not any(path.exists() for path in tables)
 
 
 def test_what_each_protocol_reports(folders) -> None:
@@ -153,12 +316,12 @@ def test_features_are_cached_by_content(folders, fake_networks, tmp_path) -> Non
     seen = fake_networks["inception"].images_seen
     again = evaluate(*folders, "adm", settings=settings)
     assert fake_networks["inception"].images_seen == 0  # a new network that saw nothing
-    assert seen == 56
+    assert seen == 52
     assert again.first.metrics == first.first.metrics
     assert again.samples.images_per_second is None
     Image.fromarray(make_images(1, seed=9)[0]).save(folders[0] / "000003.png")  # other content, same names
     changed = evaluate(*folders, "adm", settings=settings)
-    assert fake_networks["inception"].images_seen == 24  # the samples alone
+    assert fake_networks["inception"].images_seen == 22  # the samples alone
     assert changed.frechet_distance != first.frechet_distance
     assert not list((tmp_path / "cache").glob(".*"))  # no half-made table is left
 
@@ -177,7 +340,7 @@ def test_damaged_features_in_the_cache_are_made_again(folders, fake_networks, tm
     for file in (tmp_path / "cache").glob(f"*/{name}"):
         file.unlink() if content is None else file.write_bytes(content)
     again = evaluate(*folders, "adm", settings=settings)
-    assert fake_networks["inception"].images_seen == 24 + 32
+    assert fake_networks["inception"].images_seen == 22 + 30
     assert again.first.metrics == first.first.metrics
     evaluate(*folders, "adm", settings=settings)
     assert fake_networks["inception"].images_seen == 0
@@ -194,9 +357,43 @@ def test_a_cut_off_table_in_the_cache_is_made_again(folders, tmp_path) -> None:
 def test_a_damaged_note_of_a_content_hash_is_written_again(folders, tmp_path) -> None:
     settings = QUICK.model_copy(update={"feature_cache": tmp_path / "cache"})
     first = evaluate(*folders, "adm", settings=settings)
-    for note in (tmp_path / "cache" / "hashes").iterdir():
+    notes = {note: note.read_text() for note in (tmp_path / "cache" / "hashes").iterdir()}
+    for note in notes:
         note.write_bytes(b"\x80")
     assert evaluate(*folders, "adm", settings=settings).samples.sha256 == first.samples.sha256
+    assert {note: note.read_text() for note in notes} == notes
+
+
+def test_a_content_hash_that_cannot_be_kept_is_a_warning(folders, tmp_path, caplog) -> None:
+    settings = QUICK.model_copy(update={"feature_cache": tmp_path / "cache"})
+    (tmp_path / "cache").mkdir()
+    (tmp_path / "cache" / "hashes").touch()
+    evaluate(*folders, "adm", settings=settings)
+    assert caplog.text.count("is not kept: File exists") == 2
+
+
+def test_others_may_read_the_features_in_the_cache_as_the_umask_has_it(folders, tmp_path) -> None:
+    before = os.umask(0o022)
+    try:
+        evaluate(*folders, "adm", settings=QUICK.model_copy(update={"feature_cache": tmp_path / "cache"}))
+    finally:
+        os.umask(before)
+    for path in (tmp_path / "cache").rglob("*"):
+        assert path.stat().st_mode & 0o777 == (0o755 if path.is_dir() else 0o644), path
+
+
+def test_damaged_features_of_another_person_are_a_sentence(folders, tmp_path, monkeypatch) -> None:
+    settings = QUICK.model_copy(update={"feature_cache": tmp_path / "cache"})
+    evaluate(*folders, "adm", settings=settings)
+    for path in (tmp_path / "cache").glob("*/table.json"):
+        path.write_text("{")
+
+    def refuse(*_) -> None:
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+
+    monkeypatch.setattr(shutil, "rmtree", refuse)
+    with pytest.raises(UserError, match="cannot be stored: Permission denied"):
+        evaluate(*folders, "adm", settings=settings)
 
 
 def test_a_table_of_another_shape_in_the_cache_is_made_again(folders, fake_networks, tmp_path) -> None:
@@ -205,7 +402,7 @@ def test_a_table_of_another_shape_in_the_cache_is_made_again(folders, fake_netwo
     for path in (tmp_path / "cache").glob("*/pool.npy"):
         np.save(path, np.load(path)[:-1])
     assert evaluate(*folders, "adm", settings=settings).first.metrics == first.first.metrics
-    assert fake_networks["inception"].images_seen == 24 + 32
+    assert fake_networks["inception"].images_seen == 22 + 30
 
 
 def test_features_in_the_cache_that_cannot_be_read_are_kept(folders, tmp_path) -> None:
@@ -220,7 +417,27 @@ def test_features_in_the_cache_that_cannot_be_read_are_kept(folders, tmp_path) -
     assert all(note.with_name("pool.npy").is_file() for note in notes)
 
 
-@pytest.mark.parametrize(("place", "name"), [(os, "pwrite"), (features, "write_json")])
+@pytest.mark.parametrize("bad", [False, True])
+def test_features_are_on_the_disk_before_their_table_is_called_done(folders, tmp_path, monkeypatch, bad) -> None:
+    real, flushed, complete = os.fsync, set(), []
+
+    def fsync(descriptor: int) -> None:
+        flushed.add(os.fstat(descriptor).st_ino)
+        real(descriptor)
+
+    def write_json(path, value, real=features.write_json) -> None:
+        complete.append({file.stat().st_ino for file in path.parent.glob("*.npy")} <= flushed)
+        real(path, value)
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    monkeypatch.setattr(features, "write_json", write_json)
+    if bad:
+        (folders[0] / "000003.png").write_bytes(b"?")
+    evaluate(*folders, "adm", settings=QUICK.model_copy(update={"feature_cache": tmp_path / "cache", "skip_bad": bad}))
+    assert complete == [True, True]
+
+
+@pytest.mark.parametrize(("place", "name"), [(np.lib.format, "open_memmap"), (os, "pwrite"), (features, "write_json")])
 def test_a_full_disk_is_a_sentence_and_leaves_nothing(folders, tmp_path, monkeypatch, place, name) -> None:
     def full(*_, **__):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
@@ -230,6 +447,15 @@ def test_a_full_disk_is_a_sentence_and_leaves_nothing(folders, tmp_path, monkeyp
     with pytest.raises(UserError, match="features cannot be stored: No space left on device") as caught:
         evaluate(*folders, "adm", settings=settings)
     assert caught.value.exit_code == 1
+    assert [path.name for path in (tmp_path / "cache").iterdir()] == ["hashes"]
+
+
+def test_a_disk_with_too_little_room_is_a_sentence_and_leaves_nothing(folders, tmp_path, monkeypatch) -> None:
+    (tmp_path / "cache").mkdir()
+    free = shutil.disk_usage(tmp_path)._replace(free=1 << 20)  # enough for the hashes
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: free)
+    with pytest.raises(UserError, match=f"space for the features under '{tmp_path}/cache': 1.1 MB needed"):
+        evaluate(*folders, "adm", settings=QUICK.model_copy(update={"feature_cache": tmp_path / "cache"}))
     assert [path.name for path in (tmp_path / "cache").iterdir()] == ["hashes"]
 
 
@@ -249,10 +475,24 @@ def test_rows_are_written_whole_and_nothing_beside_them(folders, monkeypatch) ->
     assert sum(written) == (22 + 30) * (12 + 5 + 6) * 4
 
 
-def test_a_batch_for_which_the_memory_does_not_suffice_is_a_sentence(folders) -> None:
-    with pytest.raises(UserError, match=f"on {10**12} images at a time does not fit") as caught:
-        evaluate(*folders, "adm", settings=QUICK.model_copy(update={"batch_size": 10**12}))
+def test_a_batch_for_which_the_memory_does_not_suffice_is_a_sentence(folders, monkeypatch) -> None:
+    def full(*_, **__) -> None:
+        raise MemoryError
+
+    monkeypatch.setattr(np, "stack", full)
+    with pytest.raises(UserError, match=r"on 4 images at a time does not fit into the memory") as caught:
+        evaluate(*folders, "adm", settings=QUICK)
     assert "Lower --batch-size" in caught.value.next_step
+
+
+@pytest.mark.parametrize(("batch_size", "seen"), [(4, 24 + 32), (100, 22 + 30)])
+def test_batches_are_filled_up_for_a_compiled_network_alone(folders, fake_networks, monkeypatch, batch_size, seen):
+    settings = QUICK.model_copy(update={"batch_size": batch_size})
+    plain = evaluate(*folders, "adm", settings=settings)
+    assert fake_networks["inception"].images_seen == 22 + 30
+    monkeypatch.setattr(FakeInception, "compiled", FakeInception.forward)
+    assert evaluate(*folders, "adm", settings=settings).first.metrics == plain.first.metrics
+    assert fake_networks["inception"].images_seen == seen
 
 
 def test_statistics_give_the_number_of_the_images(folders, tmp_path) -> None:
@@ -264,6 +504,16 @@ def test_statistics_give_the_number_of_the_images(folders, tmp_path) -> None:
     assert through.first.metrics["precision"].value is None
     assert "statistics" in through.first.metrics["precision"].note
     assert through.reference.count == 30
+
+
+def test_statistics_that_cannot_be_written_are_a_sentence(folders, tmp_path, monkeypatch) -> None:
+    def full(*_) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(reference, "write_atomic", full)
+    with pytest.raises(UserError, match=r"out.npz' could not be written: No space left on device\.") as caught:
+        make_statistics(folders[1], tmp_path / "out.npz", "adm", settings=QUICK)
+    assert caught.value.exit_code == 1
 
 
 @pytest.mark.parametrize("kind", ["images", "foreign", "text", "folder"])

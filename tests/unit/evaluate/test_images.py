@@ -17,7 +17,7 @@ from tests.unit.evaluate.conftest import make_images, write_folder
 from xar_cli.data import images as data_images
 from xar_cli.data.images import BadImageError, ImageFolder
 from xar_cli.errors import UserError
-from xar_cli.evaluate.images import ArrayImages, GeneratedImages, decode_opaque, open_images
+from xar_cli.evaluate.images import ArrayImages, FolderImages, GeneratedImages, decode_opaque, open_images
 from xar_cli.evaluate.npz import StoredRows, read_npz
 from xar_cli.evaluate.reference import open_reference
 
@@ -48,6 +48,23 @@ def test_content_hash_sees_every_byte_and_name(tmp_path) -> None:
     assert open_images(folder).content_hash() != first
     assert open_images(folder).fingerprint() != print_before
     assert open_images(folder, image_size=8).content_hash() != open_images(folder).content_hash()
+
+
+@pytest.mark.parametrize("in_place", [True, False])
+def test_a_file_replaced_by_one_of_its_size_and_time_is_another(tmp_path, in_place) -> None:
+    """As `tar`, `rsync` and `cp -p` leave them."""
+    images = FolderImages(write_folder(tmp_path / "set", make_images(2), ".bmp"))
+    fingerprint, path = images.fingerprint(), images.files[1]
+    assert images.fingerprint() == fingerprint
+    before, new = path.stat(), tmp_path / "set" / path.name if in_place else tmp_path / "new.bmp"
+    while True:
+        Image.fromarray(make_images(1, seed=9)[0]).save(new)
+        os.utime(new, ns=(before.st_atime_ns, before.st_mtime_ns))
+        if new.stat().st_ctime_ns != before.st_ctime_ns:  # the system's clock has steps
+            break
+    new.replace(path)
+    assert (path.stat().st_size, path.stat().st_mtime_ns) == (before.st_size, before.st_mtime_ns)
+    assert images.fingerprint() != fingerprint
 
 
 def test_files_are_in_the_order_of_the_libraries(tmp_path) -> None:
@@ -131,6 +148,45 @@ def test_a_damaged_manifest_is_a_sentence(tmp_path, key) -> None:
     (folder / "manifest.json").write_text(json.dumps({"format": "xar-samples", key: "text"}))
     with pytest.raises(UserError, match=f"'{key}' is no"):
         open_images(folder)
+
+
+@pytest.mark.parametrize(
+    ("key", "value"), [("config", {"data": [1]}), ("image_size", "x"), ("image_size", [8]), ("image_size", [8, True])]
+)
+def test_a_damaged_entry_of_a_manifest_is_a_sentence(tmp_path, key, value) -> None:
+    folder = write_folder(tmp_path / "folder", IMAGES)
+    (folder / "manifest.json").write_text(json.dumps({"format": "xar-samples", "labels": [0] * 5, key: value}))
+    with pytest.raises(UserError, match=f"'{key}' is not as it was written"):
+        open_images(folder)
+
+
+def test_a_manifest_that_cannot_be_read_is_a_sentence(tmp_path, monkeypatch) -> None:
+    folder = write_folder(tmp_path / "folder", IMAGES)
+    np.savez(folder / "samples.npz", IMAGES, np.zeros(5, int))
+    (folder / "manifest.json").write_text("{}")
+
+    def refuse(_) -> bytes:
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+
+    monkeypatch.setattr("pathlib.Path.read_bytes", refuse)
+    for name in ("", "samples.npz"):
+        with pytest.raises(UserError, match=r"manifest.json' cannot be read: Permission denied"):
+            open_images(folder / name)
+
+
+def test_damaged_rows_of_an_hdf5_file_are_bad_images(tmp_path) -> None:
+    path = tmp_path / "images.h5"
+    with h5py.File(path, "w") as file:
+        file.create_dataset("images", data=IMAGES, chunks=(1, *IMAGES.shape[1:]), compression="gzip", fletcher32=True)
+        place = file["images"].id.get_chunk_info(2).byte_offset
+    with path.open("r+b") as file:
+        file.seek(place)
+        file.write(bytes(20))
+    images = open_images(path)
+    assert (images.load(1) == IMAGES[1]).all()
+    for read in (lambda: images.load(2), images.content_hash):
+        with pytest.raises(BadImageError, match=r"images\.h5': Can't .*read data"):
+            read()
 
 
 def test_labels_of_a_manifest_go_with_the_number_in_the_name(tmp_path) -> None:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import io
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 from PIL import Image
 
+from tests.thread_ranks import thread_ranks
 from xar_cli.errors import UserError
 from xar_cli.evaluate.sweep import (
     Point,
@@ -129,6 +131,30 @@ def test_a_sweep_scores_all_names_the_best_and_resumes(tmp_path) -> None:
     more = run_sweep(tmp_path, {"weights": "w"}, (2.0,), (20, 40, 80), score)
     assert [found["point"]["num_steps"] for found in more["points"]] == [20, 40, 80]
     assert len(asked) == 8
+
+
+def test_all_ranks_go_on_from_what_rank_0_sees(tmp_path) -> None:
+    """Its folder need not be on a disk that the others see."""
+    here, identity = tmp_path / "0", {"weights": "w"}
+    run_sweep(here, identity, (2.0,), (20,), make_score)
+
+    def work(ranks, identity) -> list[Point]:
+        scored: list[Point] = []
+
+        def score(point: Point) -> Score | None:
+            scored.append(point)
+            return make_score(point) if ranks.is_main else None
+
+        run_sweep(tmp_path / str(ranks.rank), identity, (2.0, 3.0), (20,), score, ranks)
+        return scored
+
+    with ThreadPoolExecutor(2) as pool:
+        zero, one = (pool.submit(work, ranks, identity) for ranks in thread_ranks(2))
+        assert zero.result() == one.result() == [Point(3.0, 20)]
+        assert not (tmp_path / "1").exists()
+        for refused in [pool.submit(work, ranks, {"weights": "other"}) for ranks in thread_ranks(2)]:
+            with pytest.raises(UserError, match="another weights"):
+                refused.result()
 
 
 def test_a_folder_of_another_sweep_is_refused(tmp_path) -> None:

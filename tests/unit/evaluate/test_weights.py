@@ -82,6 +82,22 @@ def test_given_files_go_to_the_network_of_their_format(hub, inception_files) -> 
     assert not is_torchscript(inception_files.torch_fidelity)
 
 
+def test_a_given_file_of_another_kind_is_named(hub, inception_files) -> None:
+    for network, path in (("inception", inception_files.clean), ("inception-clean", inception_files.torch_fidelity)):
+        with pytest.raises(UserError) as caught:
+            find_weights(network, [path])
+        assert f"are not here, and --inception-weights names others: '{path}'." in caught.value.message
+
+
+def test_an_archive_whose_directory_is_damaged_is_none(hub, tmp_path, inception_files) -> None:
+    content = inception_files.clean.read_bytes()
+    place = content.rindex(b"PK\x01\x02")  # of its last entry
+    path = tmp_path / "damaged.pt"
+    path.write_bytes(content[:place] + b"??" + content[place + 2 :])
+    with pytest.raises(UserError, match=r"names others: .*damaged.pt'"):
+        find_weights("inception-clean", [path])
+
+
 def test_a_given_file_that_is_not_there(hub, tmp_path) -> None:
     with pytest.raises(UserError, match="no weights file"):
         find_weights("inception", [tmp_path / "absent.pth"])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -11,7 +12,7 @@ from PIL import Image
 from xar_cli.cli.app import main
 from xar_cli.errors import UserError
 from xar_cli.evaluate.results import Evaluation, Metric, ProtocolResult, SetFacts
-from xar_cli.weights import open_weights
+from xar_cli.weights import export_weights, open_weights
 from xar_cli.weights.card import model_card, read_results, write_model_folder
 
 RESULT = {
@@ -76,11 +77,30 @@ def test_metrics_that_were_not_computed_have_no_row(tmp_path, run_folder):
     assert "precision" not in card
 
 
-def test_a_card_claims_no_training_that_the_weights_do_not_tell_of(run_folder, bare_file, golden_config):
-    assert "trained with `xar`" in model_card(open_weights(run_folder), "someone/my-xar", [], None)
-    card = model_card(open_weights(bare_file, golden_config), "someone/theirs", [], None)
-    for claim in ("trained with", "by their authors", "not a result of these weights"):
-        assert claim not in card
+def test_a_card_claims_no_training_that_the_weights_do_not_tell_of(
+    run_folder, bare_file, training_file, golden_config, tmp_path
+):
+    for name, source, config, ours in (
+        ("run", run_folder, None, True),
+        ("bare", bare_file, golden_config, False),
+        ("training", training_file, golden_config, False),
+    ):
+        weights, export = open_weights(source, config), tmp_path / f"{name}.safetensors"
+        export_weights(weights, export)
+        for one in (weights, open_weights(export)):
+            card = model_card(one, "someone/xar", [], None)
+            assert ("trained with `xar`" in card) == ours
+            assert ("not a result of these weights" in card) == ours
+            assert "by their authors" not in card
+
+
+@pytest.mark.parametrize(("classes", "words", "option"), [(7, "7 classes", " --class 0 "), (0, "no classes", None)])
+def test_a_card_advises_a_class_where_there_are_classes(run_folder, classes, words, option):
+    weights = open_weights(run_folder)
+    config = weights.config.model_copy(update={"data": weights.config.data.model_copy(update={"num_classes": classes})})
+    card = model_card(replace(weights, config=config), "someone/xar", [], None)
+    assert words in card
+    assert option in card if option else "--class" not in card
 
 
 def test_a_card_without_results_says_so_and_claims_no_licence(run_folder):

@@ -150,8 +150,8 @@ def test_what_was_written_is_on_the_disk_before_it_has_its_name(run_folder, tmp_
 
 def test_what_a_killed_process_left_is_removed_and_another_at_work_is_not_disturbed(run_folder, tmp_path):
     out = tmp_path / "new" / "out[1].pth"
-    left, other = (out.parent / f".{name}.123.tmp" for name in (out.name, "out1.pth"))
-    for folder in (left, other):
+    left, *others = (out.parent / f".{name}.123.tmp" for name in (out.name, "out1.pth", f"{out.name}.b.pth"))
+    for folder in (left, *others):
         folder.mkdir(parents=True)
         (folder / out.name).touch()
     with JobLock(out.parent / f".{out.name}.lock", "") as lock:
@@ -160,7 +160,7 @@ def test_what_a_killed_process_left_is_removed_and_another_at_work_is_not_distur
             export_weights(open_weights(run_folder), out)
         assert left.exists()
     export_weights(open_weights(run_folder), out)
-    assert sorted(out.parent.iterdir()) == sorted([out, other])
+    assert sorted(out.parent.iterdir()) == sorted([out, *others])
 
 
 @pytest.mark.parametrize("link", [False, True])

@@ -263,6 +263,21 @@ def test_another_file_beside_a_state_is_no_part_of_a_checkpoint(run_folder, publ
     assert open_weights(folder / "mine.pth", golden_config).kind == "unstated"
 
 
+@pytest.mark.parametrize("state", ["not json", '{"some": "program"}', '"text"'])
+def test_a_state_of_another_program_makes_no_checkpoint(bare_file, golden_config, tmp_path, state):
+    (tmp_path / "state.json").write_text(state)
+    export_weights(open_weights(bare_file, golden_config), tmp_path / "out.safetensors")
+    assert open_weights(tmp_path / "out.safetensors").kind == "unstated"
+
+
+def test_nothing_is_put_beside_a_damaged_state_of_a_checkpoint(run_folder):
+    (folder,) = (run_folder / "checkpoints").iterdir()
+    weights = open_weights(run_folder)
+    (folder / "state.json").write_text("not json")
+    with pytest.raises(UserError, match="would lie in a checkpoint"):
+        export_weights(weights, folder / "out.safetensors")
+
+
 def test_a_checkpoint_without_the_set_that_is_asked_for(run_folder):
     (folder,) = (run_folder / "checkpoints").iterdir()
     state = json.loads((folder / "state.json").read_text())

@@ -1,6 +1,8 @@
 """Several ranks open one source: the same weights everywhere, or a sentence."""
 
+import shutil
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import pytest
 
@@ -37,6 +39,21 @@ def test_a_run_that_writes_a_checkpoint_meanwhile_gives_all_ranks_the_same(run_f
     assert (one.step, other.step) == (1234, 1234)
     assert one_hash == other_hash == one.sha256
     assert open_weights(run_folder).step == 2000
+
+
+def test_a_checkpoint_that_goes_away_before_it_is_opened_is_a_sentence(run_folder):
+    def opening(ranks):
+        def open_here(source):
+            if ranks.is_main:
+                shutil.rmtree(Path(source).parent)
+            ranks.barrier()
+            return open_weights(source)
+
+        return open_here
+
+    with pytest.raises(UserError, match="was removed while it was opened") as caught:
+        opened_by_two(run_folder, opening)
+    assert caught.value.exit_code == 1
 
 
 def test_another_file_on_another_machine_is_refused_by_both(published, golden_config, tmp_path):
