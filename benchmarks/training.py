@@ -63,9 +63,9 @@ def batches(config: Config, device: torch.device) -> Iterator[tuple[Tensor, Tens
 
 
 def gradients_of(network: torch.nn.Module) -> dict[str, Tensor]:
-    """A copy of every parameter's gradient, 0 where there is none."""
+    """A copy of every parameter's gradient on the CPU, 0 where there is none."""
     return {
-        name: torch.zeros_like(parameter) if parameter.grad is None else parameter.grad.clone()
+        name: torch.zeros(parameter.shape) if parameter.grad is None else parameter.grad.clone().cpu()
         for name, parameter in network.named_parameters()
     }
 
@@ -212,13 +212,10 @@ def compare_steps(theirs: Plain, ours: Ours, before: dict[str, Tensor]) -> dict[
     }
     found = {}
     for what, (mine, published) in made.items():
-        their = dict(from_published({name: tensor.detach() for name, tensor in published.items()}, config))
+        their = from_published({name: tensor.detach().cpu() for name, tensor in published.items()}, config)
         moves = [
-            [
-                tensors[name].detach().double() - before[name].to(tensors[name].device).double()
-                for name in sorted(before)
-            ]
-            for tensors in (mine, their)
+            [one[name].detach().cpu().double() - start.double() for name, start in before.items()]
+            for one in (mine, their)
         ]
         found[f"step of the {what}"] = timing.distance(*moves)
         require_agreement(f"What a step adds to the {what}", found[f"step of the {what}"], UPDATE_TOLERANCE)
