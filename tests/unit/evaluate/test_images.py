@@ -417,6 +417,15 @@ def test_images_of_an_npz_stay_on_the_disk_unless_they_are_compressed(tmp_path, 
     assert found.content_hash() == ArrayImages(images, "x").content_hash()
 
 
+def test_the_outline_of_arrays_tells_copies_from_others(tmp_path) -> None:
+    images, others = make_images(40), make_images(40, seed=1)
+    np.savez(tmp_path / "batch.npz", images)
+    outline = ArrayImages(images, "here").outline()
+    assert open_images(tmp_path / "batch.npz").outline() == outline
+    assert ArrayImages(others, "there").outline() != outline
+    assert ArrayImages(images[:39], "cut").outline() != outline
+
+
 def test_damaged_pixels_of_an_npz_are_refused_when_it_is_opened(tmp_path) -> None:
     path = tmp_path / "batch.npz"
     np.savez(path, make_images(7))
