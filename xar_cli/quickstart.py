@@ -21,7 +21,7 @@ from xar_cli.config.recipes import override
 from xar_cli.data.digits import write_digits
 from xar_cli.distributed import pick_device
 from xar_cli.errors import UserError
-from xar_cli.evaluate import evaluate
+from xar_cli.evaluate import Evaluator
 from xar_cli.logs import log
 from xar_cli.run_dir import RunDir, write_json
 from xar_cli.sample.images import grid_image, image_path
@@ -91,13 +91,13 @@ def quickstart(out: Path, seed: int, minutes: float, device: str = "auto") -> di
     save_comparison(samples, train_folder, out / GRID)
 
     log.info("5/5  fid: judged by a classifier that never saw a generated digit")
-    protocol = config.evaluate.protocol
-    ours = evaluate(samples, train_folder, protocol)
+    judge = Evaluator(train_folder, config.evaluate.protocol)
+    ours = judge.evaluate(samples)
     result = {
         "class_accuracy": ours.class_accuracy,
         "frechet_distance": ours.frechet_distance,
-        "frechet_floor": evaluate(heldout_folder, train_folder, protocol).frechet_distance,
-        "frechet_ceiling": evaluate(untrained, train_folder, protocol).frechet_distance,
+        "frechet_floor": judge.evaluate(heldout_folder).frechet_distance,
+        "frechet_ceiling": judge.evaluate(untrained).frechet_distance,
         "seconds": time.monotonic() - began,
         "paths": paths_in(out),
     }
