@@ -25,7 +25,7 @@ from xar_cli.evaluate.images import GeneratedImages
 from xar_cli.evaluate.protocols import pick_protocol, pick_protocols
 from xar_cli.evaluate.reference import open_reference
 from xar_cli.evaluate.report import facts_of_sampling
-from xar_cli.evaluate.stage import REPORT_BYTES, told
+from xar_cli.evaluate.stage import REPORT_BYTES, result_and_report
 from xar_cli.evaluate.sweep import Point, Score, Steps, run_sweep
 from xar_cli.run_dir import RunDir, require_writable
 from xar_cli.sample.manifest import FREE_KEYS, make_manifest
@@ -92,7 +92,7 @@ def fid_of_run(settings: RunSettings) -> dict[str, Any]:
         found = evaluate(images, reference, source.protocols, settings=measure, ranks=ranks)
         if not ranks.is_main:
             return {}
-        return told(found, made, images, reference, measure, settings.report)
+        return result_and_report(found, made, images, reference, measure, settings.report)
 
 
 def sweep_of_run(settings: SweepSettings) -> dict[str, Any]:

@@ -127,7 +127,7 @@ class Evaluator:
                 continue
             network = self._work.network(name, found, count)
             for layer in dict.fromkeys(layer for one in self._protocols if one.network == name for layer in one.layers):
-                self._reference.gaussian(network, layer)
+                self._reference.gaussian(network, layer)  # raises where they do not go together
             self._networks[name] = network
 
     def evaluate(self, samples: Path | ImageSet) -> Evaluation:

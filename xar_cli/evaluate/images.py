@@ -1,13 +1,12 @@
 """Where the images to be judged come from: a folder, an ADM .npz, an HDF5 file, arrays, or a generator.
 
-Owns opening, checking and reading them as 8-bit RGB, their labels and their content hash. Knows nothing of
+Owns opening, checking and reading them as 8-bit RGB, their labels, and what tells them from others. Knows nothing of
 networks. Legend: N images of H x W pixels.
 """
 
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 import re
 from abc import ABC, abstractmethod
@@ -30,14 +29,12 @@ from xar_cli.data.images import (
     walk,
 )
 from xar_cli.errors import UserError
+from xar_cli.evaluate.manifest import MANIFEST, has_classes, manifest_of_folder, manifest_of_hdf5, manifest_of_npz
 from xar_cli.evaluate.npz import IMAGES, StoredRows, read_npz
 from xar_cli.logs import log
 from xar_cli.run_dir import is_there
 
 HDF5_SUFFIXES = (".h5", ".hdf5")
-MANIFEST = "manifest.json"
-MANIFEST_FORMAT = "xar-samples"
-MANIFEST_ATTRIBUTE = "manifest"  # of an HDF5 file
 HASH_BLOCK = 256  # images hashed at a time
 IMAGES_IN_OUTLINE = 16
 
@@ -117,7 +114,7 @@ class FolderImages(ImageSet):
 
     def __init__(self, root: Path, image_size: Sides | None = None) -> None:
         self.root, self.name, self.image_size = root, printable(str(root)), image_size
-        self.manifest = _read_manifest(root)
+        self.manifest = manifest_of_folder(root)
         names = sorted(name for name in walk(root) if is_image_name(name))
         self.files = [root / name for name in names]
         inside = [name.partition("/")[0] for name in names if "/" in name]
@@ -143,7 +140,7 @@ class FolderImages(ImageSet):
         count = manifest.get("count")
         if isinstance(count, int) and len(indices) < count:
             log.warning(f"'{self.name}' holds {len(indices)} of the {count} images that its {MANIFEST} tells of")
-        if not manifest.get("labels") or not _has_classes(manifest):
+        if not manifest.get("labels") or not has_classes(manifest):
             return
         labels = checked_labels(manifest["labels"], f"{self.name}/{MANIFEST}", manifest.get("class_names"))
         if indices and max(indices) >= len(labels):
@@ -240,7 +237,7 @@ class ArrayImages(ImageSet):
         if manifest is None:
             return
         self.manifest, self.class_names = manifest, manifest.get("class_names")
-        if not _has_classes(manifest):
+        if not has_classes(manifest):
             self.labels = None
         elif self.labels is not None:
             checked_labels(self.labels, self.name, self.class_names)
@@ -304,7 +301,7 @@ class GeneratedImages(ImageSet):
         self.name, self.draw, self.identity = printable(name), draw, identity
         self.class_names, self.manifest = class_names, manifest
         self._asked = np.asarray(labels, np.int64)
-        self.labels = self._asked if _has_classes(manifest or {}) else None
+        self.labels = self._asked if has_classes(manifest or {}) else None
 
     def __len__(self) -> int:
         return len(self._asked)
@@ -451,24 +448,6 @@ def _open_npz(path: Path) -> ArrayImages:
     return images
 
 
-def manifest_of_npz(path: Path, arrays: Mapping[str, np.ndarray]) -> Mapping[str, Any] | None:
-    """The manifest of samples that `xar sample` packed: it lies beside the file, and its labels are the file's.
-
-    Raises:
-        UserError: the manifest is damaged, or cannot be read.
-    """
-    labels, beside = arrays.get("arr_1"), path.parent / MANIFEST
-    if labels is None or labels.ndim != 1 or not beside.is_file():
-        return None
-    try:
-        manifest = _checked_manifest(json.loads(_read(beside)), beside)
-    except ValueError:  # another program's file
-        return None
-    if manifest is None:
-        return None
-    return manifest if labels.tolist() == (manifest.get("labels") or [])[: len(labels)] else None
-
-
 def _open_hdf5(path: Path) -> ArrayImages:
     try:
         file = h5py.File(path, "r")
@@ -483,52 +462,5 @@ def _open_hdf5(path: Path) -> ArrayImages:
     if labels is not None and not isinstance(labels, h5py.Dataset):
         raise UserError(f"'labels' of '{path}' is no dataset.", "Store the number of its class for each image.")
     images = ArrayImages(file["images"], printable(str(path)), None if labels is None else labels[()])
-    try:
-        manifest = json.loads(file.attrs.get(MANIFEST_ATTRIBUTE, "null"))
-    except (ValueError, TypeError):  # another program's attribute
-        manifest = None
-    images.adopt(_checked_manifest(manifest, path))
+    images.adopt(manifest_of_hdf5(path, file))
     return images
-
-
-def _read_manifest(root: Path) -> Mapping[str, Any] | None:
-    path = root / MANIFEST
-    if not path.is_file():
-        return None
-    try:
-        manifest = json.loads(_read(path))
-    except ValueError as error:
-        raise UserError(f"'{path}' is not JSON ({error}).", "Sample again, or remove that file.") from None
-    return _checked_manifest(manifest, path)
-
-
-def _read(path: Path) -> bytes:
-    try:
-        return path.read_bytes()
-    except OSError as error:
-        raise UserError(f"'{path}' cannot be read: {error.strerror}.", "Mend its permissions or disk.") from None
-
-
-def _checked_manifest(manifest: Any, path: Path) -> Mapping[str, Any] | None:
-    """A manifest of samples whose entries have the form that is read here; None for what is another program's."""
-    if not isinstance(manifest, dict) or manifest.get("format") != MANIFEST_FORMAT:
-        return None
-    for key, kind in {"labels": list, "class_names": list, "config": dict, "evaluations": dict}.items():
-        if not isinstance(manifest.get(key), kind | None):
-            raise UserError(f"'{path}' is damaged: '{key}' is no {kind.__name__}.", "Sample again into a new folder.")
-    data, size = (manifest.get("config") or {}).get("data"), manifest.get("image_size")
-    if not isinstance(data, dict | None) or not (size is None or is_size(size)):
-        wrong = "image_size" if isinstance(data, dict | None) else "config"
-        raise UserError(f"'{path}' is damaged: '{wrong}' is not as it was written.", "Sample again into a new folder.")
-    return manifest
-
-
-def is_size(value: Any) -> bool:
-    """Whether a value of a JSON file is the side of an image, or height and width."""
-    sides = value if isinstance(value, list) else [value, value]
-    return len(sides) == 2 and all(type(side) is int and side > 0 for side in sides)
-
-
-def _has_classes(manifest: Mapping[str, Any]) -> bool:
-    """Whether the labels of samples mean something: those of a model without classes are all 0."""
-    return ((manifest.get("config") or {}).get("data") or {}).get("num_classes") != 0

@@ -18,7 +18,8 @@ from xar_cli.config.schema import Sides
 from xar_cli.data.images import printable
 from xar_cli.errors import UserError
 from xar_cli.evaluate.frechet import Gaussian
-from xar_cli.evaluate.images import ArrayImages, ImageSet, is_size, manifest_of_npz, open_images, require_size
+from xar_cli.evaluate.images import ArrayImages, ImageSet, open_images, require_size
+from xar_cli.evaluate.manifest import is_size, manifest_of_npz
 from xar_cli.evaluate.networks import INCEPTION, FeatureNetwork
 from xar_cli.evaluate.npz import IMAGES, read_npz
 from xar_cli.hub import sha256_of

@@ -65,10 +65,10 @@ def fid(settings: FidSettings) -> dict[str, Any]:
         found = evaluate(samples, reference, settings.protocols, settings=settings.measure, ranks=ranks)
         if not ranks.is_main:
             return {}
-        return told(found, made, samples, reference, settings.measure, settings.report)
+        return result_and_report(found, made, samples, reference, settings.measure, settings.report)
 
 
-def told(
+def result_and_report(
     found: Evaluation,
     made: Mapping[str, Any],
     samples: ImageSet,
