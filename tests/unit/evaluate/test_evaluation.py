@@ -1,4 +1,4 @@
-"""The whole evaluation with a cheap network: what is computed once, what is refused, what the numbers are called."""
+"""The whole evaluation with a cheap network: what is computed once, what is refused, what ranks have to agree on."""
 
 from __future__ import annotations
 
